@@ -1,0 +1,92 @@
+"""Asyncio-native checkpoints for PyTorch.
+
+Importing this package imports neither torch nor anyio: names are loaded when they are first used (PEP 562), so that
+the checkpoint worker and the command line stay small.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from aiockpt._version import __version__
+
+if TYPE_CHECKING:
+    from aiockpt import blocking
+    from aiockpt.checkpointer import Checkpointer, Save, load, restore, steps
+    from aiockpt.config import Every, Latest, RestartPolicy
+    from aiockpt.coordinator.results import Restored, Saved
+    from aiockpt.errors import (
+        CheckpointCorruptError,
+        CheckpointError,
+        CommitUnknownError,
+        ConfigError,
+        NoUsableCheckpointError,
+        ProtocolError,
+        RestartLimitError,
+        RestoreError,
+        SaveBusyError,
+        SaveCancelledError,
+        SaveError,
+        SaveTimeoutError,
+        StateMismatchError,
+        StepExistsError,
+        StepNotFoundError,
+        StorageError,
+        TornSnapshotError,
+        UnsupportedValueError,
+        UsageError,
+        WorkerError,
+        WorkerExitedError,
+        WorkerStartError,
+    )
+    from aiockpt.state.rng import RNG
+
+_HOMES = {
+    "aiockpt.checkpointer": ("Checkpointer", "Save", "load", "restore", "steps"),
+    "aiockpt.config": ("Every", "Latest", "RestartPolicy"),
+    "aiockpt.coordinator.results": ("Restored", "Saved"),
+    "aiockpt.state.rng": ("RNG",),
+    "aiockpt.errors": (
+        "CheckpointError",
+        "ConfigError",
+        "UsageError",
+        "UnsupportedValueError",
+        "StateMismatchError",
+        "TornSnapshotError",
+        "SaveError",
+        "SaveBusyError",
+        "SaveCancelledError",
+        "SaveTimeoutError",
+        "StepExistsError",
+        "StorageError",
+        "CommitUnknownError",
+        "WorkerError",
+        "WorkerStartError",
+        "WorkerExitedError",
+        "RestartLimitError",
+        "ProtocolError",
+        "RestoreError",
+        "StepNotFoundError",
+        "CheckpointCorruptError",
+        "NoUsableCheckpointError",
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", "blocking", *_HOME_OF]  # noqa: PLE0604  # a list of str, computed
+
+
+def __getattr__(name: str) -> Any:
+    if name == "blocking":
+        return importlib.import_module("aiockpt.blocking")
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'aiockpt' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

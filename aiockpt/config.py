@@ -1,0 +1,142 @@
+"""What a Checkpointer is told at its construction, checked: frozen values, keyword only."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal, Self
+
+import msgspec
+
+from aiockpt.errors import ConfigError
+
+__all__ = ["Every", "Latest", "Options", "RestartPolicy", "Snapshot"]
+
+Snapshot = Literal["guarded", "inline"]
+
+
+def _refuse(argument: str, why: str, next: str) -> ConfigError:
+    return ConfigError(f"{argument} was refused", why=why, next=next, argument=argument)
+
+
+def _check_count(argument: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _refuse(argument, f"{value!r} is not a whole number of at least 1", f"give {argument} an int >= 1")
+
+
+def _check_seconds(argument: str, value: object) -> None:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    if not ok:
+        raise _refuse(
+            argument, f"{value!r} is not a positive number of seconds", "give seconds > 0, or None for no limit"
+        )
+
+
+class Latest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Keep the newest ``n`` committed checkpoints; older ones are removed after a commit."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _check_count("Latest(n)", self.n)
+
+
+class Every(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When ``due()`` gives a reason by itself."""
+
+    steps: int | None = None
+    """Steps between two saves: due where ``(step + 1) % steps == 0``."""
+    minutes: float | None = None
+    """Minutes since the last save began, or since open."""
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.minutes is None:
+            raise _refuse("Every()", "it has neither steps nor minutes", "give one, as in Every(minutes=10)")
+        if self.steps is not None:
+            _check_count("Every(steps)", self.steps)
+        if self.minutes is not None:
+            _check_seconds("Every(minutes)", self.minutes)
+
+
+class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How often, and how fast, a dead worker is started again."""
+
+    tries: int = 3
+    """Restarts within ``window``; one more death is a RestartLimitError."""
+    window: float = 300.0
+    """Seconds after which a restart is forgotten."""
+    delays: tuple[float, ...] = (0.0, 0.5, 2.0)
+    """Seconds to wait before the first, second, … restart within the window; the last one repeats. The first is
+    immediate: most deaths are single."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tries, bool) or not isinstance(self.tries, int) or self.tries < 0:
+            raise _refuse("RestartPolicy(tries)", f"{self.tries!r} is not an int >= 0", "give 0 for no restart")
+        _check_seconds("RestartPolicy(window)", self.window)
+        if not self.delays or any(not isinstance(d, (int, float)) or d < 0 for d in self.delays):
+            raise _refuse("RestartPolicy(delays)", f"{self.delays!r}", "give at least one number of seconds >= 0")
+
+    def delay(self, restarts: int) -> float:
+        """Seconds before the next restart when ``restarts`` lie within the window already."""
+        return self.delays[min(restarts, len(self.delays) - 1)]
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The arguments of a Checkpointer, normalised; timeouts are seconds, ``None`` is no limit."""
+
+    run: str
+    """Absolute path of the run directory."""
+    keep: Latest | None = None
+    """Retention; None keeps all."""
+    every: Every | None = None
+    """What ``due()`` goes by; None leaves it to ``request_save``."""
+    snapshot: Snapshot = "guarded"
+    """``guarded`` copies optimizer-owned tensors behind the training thread, ``inline`` copies all in ``save()``."""
+    capacity: int | None = None
+    """Most bytes of shared memory that the arena may take."""
+    restart: RestartPolicy = RestartPolicy()
+    """When a dead worker is started again."""
+    start_timeout: float | None = 60.0
+    """For the worker to come up."""
+    stall_timeout: float | None = 60.0
+    """For a sign of life: the worker's beat, a pending copy that an optimizer waits for."""
+    io_timeout: float | None = 600.0
+    """For one write, sync or rename to progress."""
+    linger_timeout: float | None = 60.0
+    """How long a worker may outlive its trainer to finish what was staged."""
+    close_timeout: float | None = 600.0
+    """For the whole of ``close()``."""
+
+    @classmethod
+    def make(cls, run: str | os.PathLike[str], **arguments: Any) -> Self:
+        """Check and normalise the constructor's arguments.
+
+        Raises:
+            ConfigError: Names the argument, what was given, and what is taken.
+        """
+        try:
+            path = os.fspath(run)
+        except TypeError:
+            path = b""
+        if not isinstance(path, str) or not path or "\0" in path:
+            raise _refuse(
+                "run", f"{run!r} is not the path of a directory", 'give a path, as in Checkpointer("runs/exp1")'
+            )
+        options = cls(run=os.path.abspath(path), **arguments)
+        options._check()
+        return options
+
+    def _check(self) -> None:
+        for argument, kind in (("keep", Latest), ("every", Every)):
+            value = getattr(self, argument)
+            if value is not None and not isinstance(value, kind):
+                raise _refuse(argument, f"{value!r} is no {kind.__name__}", f"give aiockpt.{kind.__name__}(…), or None")
+        if self.snapshot not in ("guarded", "inline"):
+            raise _refuse("snapshot", f"{self.snapshot!r} is unknown", 'give "guarded" or "inline"')
+        if self.capacity is not None:
+            _check_count("capacity", self.capacity)
+        if not isinstance(self.restart, RestartPolicy):
+            raise _refuse("restart", f"{self.restart!r} is no RestartPolicy", "give aiockpt.RestartPolicy(…)")
+        for argument in ("start_timeout", "stall_timeout", "io_timeout", "linger_timeout", "close_timeout"):
+            value = getattr(self, argument)
+            if value is not None:
+                _check_seconds(argument, value)

@@ -1,0 +1,172 @@
+"""The manifest: the record whose publication is the commit.
+
+``manifest.json`` begins with ``{"head":{…}`` within its first 512 bytes, so that a scan of a run reads no more. It
+holds per file the size, the start of the data section and the xxh3-128 of the header; block checksums are in headers.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+
+from aiockpt.errors import CheckpointCorruptError, ConfigError
+from aiockpt.format.dtypes import BITS
+from aiockpt.format.tree import Node, walk
+
+__all__ = [
+    "FORMAT_VERSION",
+    "HEAD_NBYTES",
+    "FileRecord",
+    "Head",
+    "Manifest",
+    "Plan",
+    "decode_manifest",
+    "encode_manifest",
+    "parse_head",
+]
+
+FORMAT_VERSION = 1
+HEAD_NBYTES = 512
+_OPENING = '{"head":'
+
+
+class Head(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What tells checkpoints of a run apart. Newest is the highest (term, ordinal), not the highest step."""
+
+    format: int = FORMAT_VERSION
+    step: int
+    term: int
+    ordinal: int
+    save_id: str
+    world_size: int
+    nbytes: int
+    """Bytes of all tensor files."""
+    created: str
+    """UTC, ISO 8601; for people, nothing is decided by it."""
+    package: str
+    """Version of aiockpt that wrote it."""
+
+
+class FileRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One file of the checkpoint."""
+
+    path: str
+    """Relative to the manifest, ``/`` between folder and name."""
+    nbytes: int
+    data_start: int
+    """0 for a plain file, whose ``sum`` is then that of its whole content."""
+    sum: str
+    """xxh3-128 of the header as it lies on disk, 32 hexadecimal digits."""
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """The part that is known before staging: columns over the entries, and the tree of the state."""
+
+    classes: list[tuple[str, list[int], str]]
+    """Distinct (dtype in the file, shape in the file, mark). Mark ``C128``: complex128 as F64 with a trailing 2."""
+    names: list[str]
+    """Per entry: its name in its file."""
+    entry_classes: list[int]
+    entry_files: list[int]
+    """Per entry: index into ``Manifest.files``."""
+    tree: Node
+    """See ``format.tree``."""
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """A decoded ``manifest.json``."""
+
+    head: Head
+    metadata: Any
+    """The user's, as ``format.values`` encodes it."""
+    files: list[FileRecord]
+    values: list[Any]
+    """Encoded values, by their numbers in the tree."""
+    plan: Plan
+
+
+def encode_manifest(head: Head, files: list[FileRecord], *, values: bytes, metadata: bytes, plan: bytes) -> bytes:
+    """Return the bytes of ``manifest.json``; ``values``, ``metadata`` and ``plan`` are JSON already."""
+    opening = f"{_OPENING}{json.dumps(msgspec.to_builtins(head), separators=(',', ':'))}".encode()
+    if len(opening) > HEAD_NBYTES:
+        raise ValueError(f"the head of a manifest has {len(opening)} bytes, readers look at {HEAD_NBYTES}")
+    parts = {b"files": msgspec.json.encode(files), b"metadata": metadata, b"values": values, b"plan": plan}
+    return b"".join((opening, *(b',"%b":%b' % part for part in parts.items()), b"}"))
+
+
+def parse_head(data: bytes, *, file: str) -> Head:
+    """Read the head from the first ``HEAD_NBYTES`` bytes of a manifest (or all of it).
+
+    Raises:
+        CheckpointCorruptError: There is none.
+        ConfigError: The format is newer than this package.
+    """
+    text = data[:HEAD_NBYTES].decode("utf-8", "replace")
+    try:
+        if not text.startswith(_OPENING):
+            raise ValueError(f"it does not begin with {_OPENING}")
+        raw, _ = json.JSONDecoder().raw_decode(text, len(_OPENING))
+        _check_version(raw.get("format") if isinstance(raw, dict) else None, file)
+        return msgspec.convert(raw, Head)
+    except (ValueError, RecursionError) as exc:
+        if isinstance(exc, ConfigError):
+            raise
+        raise _corrupt(file, str(exc)) from exc
+
+
+def decode_manifest(data: bytes, *, file: str) -> Manifest:
+    """Read a manifest and check that its columns, files and tree fit each other.
+
+    Raises:
+        CheckpointCorruptError: Something does not fit; says what.
+        ConfigError: The format is newer than this package.
+    """
+    parse_head(data, file=file)
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+        _check(manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError, TypeError, LookupError) as exc:
+        raise _corrupt(file, str(exc)) from exc
+    return manifest
+
+
+def _check_version(version: object, file: str) -> None:
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ConfigError(
+            f"{file} has format {version}, this aiockpt reads up to {FORMAT_VERSION}",
+            why="it was written by a newer aiockpt",
+            next="upgrade aiockpt",
+            path=file,
+        )
+
+
+def _check(manifest: Manifest) -> None:
+    plan = manifest.plan
+    entries = len(plan.names)
+    if len(plan.entry_classes) != entries or len(plan.entry_files) != entries:
+        raise ValueError("its columns have different lengths")
+    for column, limit, what in (
+        (plan.entry_classes, len(plan.classes), "class"),
+        (plan.entry_files, len(manifest.files), "file"),
+    ):
+        if column and not (min(column) >= 0 and max(column) < limit):
+            raise ValueError(f"an entry names a {what} that is not there")
+    for dtype, shape, _ in plan.classes:
+        if dtype not in BITS or any(size < 0 for size in shape):
+            raise ValueError(f"a class has dtype {dtype!r} and shape {shape}")
+    for record in manifest.files:
+        parts = record.path.split("/")
+        if record.path.startswith("/") or any(part in ("", ".", "..") for part in parts) or "\0" in record.path:
+            raise ValueError(f"the file name {record.path!r} leads out of the checkpoint")
+        if not 0 <= record.data_start <= record.nbytes:
+            raise ValueError(f"the sizes of {record.path!r} do not fit")
+    for _, leaf in walk(plan.tree):
+        number = leaf[1] if isinstance(leaf, list) else leaf
+        if not -len(manifest.values) <= number < entries:
+            raise ValueError("its tree names an entry or a value that is not there")
+
+
+def _corrupt(file: str, why: str) -> CheckpointCorruptError:
+    return CheckpointCorruptError(f"{file} is no usable manifest", why=why, next="restore another step", file=file)

@@ -1,0 +1,149 @@
+"""Names: of entries in a checkpoint, and of what lies in a run directory."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from typing import NamedTuple
+
+__all__ = [
+    "INDEX_NAME",
+    "LOCK_NAME",
+    "MANIFEST_NAME",
+    "RUN_RECORD_NAME",
+    "Attempt",
+    "Segments",
+    "attempt_name",
+    "bad_name",
+    "dotted",
+    "file_name",
+    "old_name",
+    "parse_attempt",
+    "parse_bad",
+    "parse_old",
+    "parse_step",
+    "parse_term",
+    "shard_name",
+    "sort_key",
+    "step_name",
+    "term_name",
+    "trash_name",
+]
+
+Segments = tuple[str, ...]
+"""The path of an entry: mapping keys and list indices as text. Dotted text is for people, globs and files."""
+
+MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "model.safetensors.index.json"
+RUN_RECORD_NAME = "aiockpt.json"
+LOCK_NAME = ".lock"
+
+_LONGEST = 200  # bytes; NAME_MAX is 255 on every file system of interest, and prefixes come on top
+_PLAIN = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-+@=")
+
+
+def dotted(segments: Segments) -> str:
+    """Return the name for people, globs and file headers."""
+    return ".".join(segments)
+
+
+def sort_key(segments: Segments) -> tuple[bytes, ...]:
+    """Return the key that every rank sorts by: bytes, whatever the locale or Python's string order."""
+    return tuple(segment.encode("utf-8", "surrogatepass") for segment in segments)
+
+
+def file_name(text: str) -> str:
+    """Return ``text`` as a file name: percent-encoded where it is none, cut with a checksum where it is too long.
+
+    Different texts give different names (aside from a collision of the checksum on over-long ones), never ``.``,
+    ``..``, a hidden name, or that of the manifest.
+    """
+    raw = text.encode("utf-8", "surrogatepass")
+    encoded = "".join(chr(byte) if byte in _PLAIN else f"%{byte:02X}" for byte in raw)
+    if encoded.startswith("."):
+        encoded = "%2E" + encoded[1:]
+    if encoded == MANIFEST_NAME:
+        encoded = encoded.replace(".", "%2E")
+    if len(encoded) > _LONGEST:
+        encoded = f"{encoded[: _LONGEST - 10]}%~{zlib.crc32(raw):08x}"
+    return encoded or "%"
+
+
+def shard_name(index: int, count: int) -> str:
+    """Return the name of tensor file ``index`` (from 0) of ``count`` in a folder, as transformers names them."""
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def step_name(step: int) -> str:
+    """Return the directory name of a committed checkpoint."""
+    return f"step-{step}"
+
+
+def attempt_name(step: int, save_id: str, attempt: int) -> str:
+    """Return the directory name of an attempt; a name is never used twice, because the save id is not."""
+    return f".step-{step}.{save_id}.{attempt}"
+
+
+def old_name(step: int, save_id: str) -> str:
+    """Return the name under which a replaced checkpoint waits for its successor's commit."""
+    return f".old.step-{step}.{save_id}"
+
+
+def bad_name(step: int, save_id: str) -> str:
+    """Return the name of a checkpoint that a restore found bad; ``save_id`` is its own."""
+    return f".bad-step-{step}.{save_id}"
+
+
+def trash_name(unique: str) -> str:
+    """Return the name of something on its way out; ``unique`` is made by the caller."""
+    return f".trash.{unique}"
+
+
+def term_name(term: int) -> str:
+    """Return the name of the file that claims a term."""
+    return f".term-{term}"
+
+
+class Attempt(NamedTuple):
+    """The parts of an attempt's or a replaced checkpoint's name."""
+
+    step: int
+    save_id: str
+    attempt: int
+
+
+_STEP = re.compile(r"step-(\d{1,19})", re.ASCII)
+_TERM = re.compile(r"\.term-(\d{1,19})", re.ASCII)
+_ATTEMPT = re.compile(r"\.step-(\d{1,19})\.([0-9a-f-]{1,64})\.(\d{1,9})", re.ASCII)
+_OLD = re.compile(r"\.old\.step-(\d{1,19})\.([0-9a-f-]{1,64})", re.ASCII)
+_BAD = re.compile(r"\.bad-step-(\d{1,19})\.([0-9a-f-]{1,64})", re.ASCII)
+
+
+def parse_step(name: str) -> int | None:
+    """Return the step of a committed checkpoint's directory name (zero-padded ones too), else None."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def parse_term(name: str) -> int | None:
+    """Return the term that a file name claims, else None."""
+    match = _TERM.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def parse_attempt(name: str) -> Attempt | None:
+    """Return the parts of an attempt's directory name, else None."""
+    match = _ATTEMPT.fullmatch(name)
+    return Attempt(int(match[1]), match[2], int(match[3])) if match else None
+
+
+def parse_old(name: str) -> Attempt | None:
+    """Return step and id of a replaced checkpoint's directory name, else None."""
+    match = _OLD.fullmatch(name)
+    return Attempt(int(match[1]), match[2], 0) if match else None
+
+
+def parse_bad(name: str) -> Attempt | None:
+    """Return step and id of a bad checkpoint's directory name, else None."""
+    match = _BAD.fullmatch(name)
+    return Attempt(int(match[1]), match[2], 0) if match else None

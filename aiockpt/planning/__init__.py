@@ -1,0 +1,1 @@
+"""Which entry lies where, pure: a rank's local plan."""
