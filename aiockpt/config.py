@@ -114,9 +114,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             ConfigError: Names the argument, what was given, and what is taken.
         """
         try:
-            path = os.fspath(run)
+            path: object = os.fspath(run)
         except TypeError:
-            path = b""
+            path = None
         if not isinstance(path, str) or not path or "\0" in path:
             raise _refuse(
                 "run", f"{run!r} is not the path of a directory", 'give a path, as in Checkpointer("runs/exp1")'

@@ -125,7 +125,7 @@ def _encode_dict(item: dict[Any, Any], pairs: Any, encode: Any, path: Segments, 
     return {"~dict": pairs(item, path, depth)}
 
 
-def _need(json: Any, kind: type, length: int | None = None) -> Any:
+def _need(json: Any, kind: type[Any], length: int | None = None) -> Any:
     if type(json) is not kind or (length is not None and len(json) != length):
         raise ValueError(f"{json!r:.60} is not the {kind.__name__} that its tag needs")
     return json

@@ -68,7 +68,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Seconds between two beats."""
 
 
-class Hello(_Message, tag="hello"):
+class Hello(_Message, tag="hello", frozen=True, kw_only=True, gc=False):
     """First frame each way; both ends compare ``magic``, ``protocol``, ``package`` and ``path``."""
 
     magic: str
@@ -84,14 +84,14 @@ class Hello(_Message, tag="hello"):
 # ---- trainer to worker
 
 
-class Reserve(_Message, tag="reserve"):
+class Reserve(_Message, tag="reserve", frozen=True, kw_only=True, gc=False):
     """Make an arena; the worker drops the one it has. Only sent while no save is open."""
 
     nbytes: int
     capacity: int | None = None
 
 
-class Adopt(_Message, tag="adopt"):
+class Adopt(_Message, tag="adopt", frozen=True, kw_only=True, gc=False):
     """The arena of a worker that died; carries one descriptor."""
 
     nbytes: int
@@ -113,7 +113,7 @@ class FileImage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Where in the header the fixed-width block checksums stand; 0 for a plain file."""
 
 
-class BeginSave(_Message, tag="begin"):
+class BeginSave(_Message, tag="begin", frozen=True, kw_only=True, gc=False):
     """Open an attempt. The trainer sends no second one before SlotFree of the first."""
 
     save_id: str
@@ -131,7 +131,7 @@ class BeginSave(_Message, tag="begin"):
     """Directory names in the run that retention removes once this save is committed."""
 
 
-class Staged(_Message, tag="staged"):
+class Staged(_Message, tag="staged", frozen=True, kw_only=True, gc=False):
     """The first ``upto`` bytes of the file's image are final (the checksums in its header aside)."""
 
     save_id: str
@@ -140,7 +140,7 @@ class Staged(_Message, tag="staged"):
     upto: int
 
 
-class EndStaging(_Message, tag="end"):
+class EndStaging(_Message, tag="end", frozen=True, kw_only=True, gc=False):
     """Everything is staged and checked; from here the save survives the trainer."""
 
     save_id: str
@@ -150,27 +150,27 @@ class EndStaging(_Message, tag="end"):
     """JSON of the user's encoded metadata."""
 
 
-class Cancel(_Message, tag="cancel"):
+class Cancel(_Message, tag="cancel", frozen=True, kw_only=True, gc=False):
     """Give the save up if it is not COMMITTING yet."""
 
     save_id: str
 
 
-class Close(_Message, tag="close"):
+class Close(_Message, tag="close", frozen=True, kw_only=True, gc=False):
     """Finish what is staged, then end."""
 
 
 # ---- worker to trainer
 
 
-class Ready(_Message, tag="ready"):
+class Ready(_Message, tag="ready", frozen=True, kw_only=True, gc=False):
     """The worker is up and can write into the run directory; or ``error`` says why not, and it ends."""
 
     pid: int
     error: WireError | None = None
 
 
-class Reserved(_Message, tag="reserved"):
+class Reserved(_Message, tag="reserved", frozen=True, kw_only=True, gc=False):
     """The answer to Reserve: one descriptor, or an error and none."""
 
     nbytes: int
@@ -178,7 +178,7 @@ class Reserved(_Message, tag="reserved"):
     error: WireError | None = None
 
 
-class Progress(_Message, tag="progress"):
+class Progress(_Message, tag="progress", frozen=True, kw_only=True, gc=False):
     """Bytes of the save written so far; sent at each change of state, else at most every beat interval."""
 
     save_id: str
@@ -187,7 +187,7 @@ class Progress(_Message, tag="progress"):
     """A ``lifecycle.SaveState`` value as the worker sees it."""
 
 
-class Committed(_Message, tag="committed"):
+class Committed(_Message, tag="committed", frozen=True, kw_only=True, gc=False):
     """The checkpoint is durable and visible."""
 
     save_id: str
@@ -199,20 +199,20 @@ class Committed(_Message, tag="committed"):
     pruned: list[str] = []
 
 
-class Failed(_Message, tag="failed"):
+class Failed(_Message, tag="failed", frozen=True, kw_only=True, gc=False):
     """The save ended without a checkpoint; its attempt is removed."""
 
     save_id: str
     error: WireError
 
 
-class SlotFree(_Message, tag="free"):
+class SlotFree(_Message, tag="free", frozen=True, kw_only=True, gc=False):
     """No thread of the worker reads the arena any more."""
 
     save_id: str
 
 
-class Beat(_Message, tag="beat"):
+class Beat(_Message, tag="beat", frozen=True, kw_only=True, gc=False):
     """The worker's loop lives."""
 
     moved: int
@@ -221,7 +221,7 @@ class Beat(_Message, tag="beat"):
     """The file operation under way that began first, or empty."""
 
 
-class Closed(_Message, tag="closed"):
+class Closed(_Message, tag="closed", frozen=True, kw_only=True, gc=False):
     """Last frame before the worker ends."""
 
 
