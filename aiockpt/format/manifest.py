@@ -1,7 +1,8 @@
 """The manifest: the record whose publication is the commit.
 
-``manifest.json`` begins with ``{"head":{…}`` within its first 512 bytes, so that a scan of a run reads no more. It
-holds per file the size, the start of the data section and the xxh3-128 of the header; block checksums are in headers.
+``manifest.json`` begins with ``{"head":{…},"head_sum":"…"`` within its first 512 bytes, so that a scan of a run reads
+no more, and ends with ``,"sum":"…"}``: xxh3-64 of the head's JSON, xxh3-128 of all bytes before the last key. It holds
+per file the size, the start of the data section and the xxh3-128 of the header; block checksums are in headers.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 from typing import Any
 
 import msgspec
+import xxhash
 
 from aiockpt.errors import CheckpointCorruptError, ConfigError
 from aiockpt.format.dtypes import BITS
@@ -30,6 +32,9 @@ __all__ = [
 FORMAT_VERSION = 1
 HEAD_NBYTES = 512
 _OPENING = '{"head":'
+_HEAD_SUM = ',"head_sum":"'
+_CLOSING = b',"sum":"%b"}'
+_CLOSING_NBYTES = len(_CLOSING % (b"0" * 32))
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -89,11 +94,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 def encode_manifest(head: Head, files: list[FileRecord], *, values: bytes, metadata: bytes, plan: bytes) -> bytes:
     """Return the bytes of ``manifest.json``; ``values``, ``metadata`` and ``plan`` are JSON already."""
-    opening = f"{_OPENING}{json.dumps(msgspec.to_builtins(head), separators=(',', ':'))}".encode()
+    text = json.dumps(msgspec.to_builtins(head), separators=(",", ":"))
+    opening = f"{_OPENING}{text}{_head_sum(text)}".encode()
     if len(opening) > HEAD_NBYTES:
         raise ValueError(f"the head of a manifest has {len(opening)} bytes, readers look at {HEAD_NBYTES}")
     parts = {b"files": msgspec.json.encode(files), b"metadata": metadata, b"values": values, b"plan": plan}
-    return b"".join((opening, *(b',"%b":%b' % part for part in parts.items()), b"}"))
+    body = b"".join((opening, *(b',"%b":%b' % part for part in parts.items())))
+    return body + _CLOSING % xxhash.xxh3_128_hexdigest(body).encode()
 
 
 def parse_head(data: bytes, *, file: str) -> Head:
@@ -107,8 +114,14 @@ def parse_head(data: bytes, *, file: str) -> Head:
     try:
         if not text.startswith(_OPENING):
             raise ValueError(f"it does not begin with {_OPENING}")
-        raw, _ = json.JSONDecoder().raw_decode(text, len(_OPENING))
-        _check_version(raw.get("format") if isinstance(raw, dict) else None, file)
+        raw, end = json.JSONDecoder().raw_decode(text, len(_OPENING))
+        expected = _head_sum(text[len(_OPENING) : end])
+        found = text[end : end + len(expected)]
+        # The sum first: a flipped bit in the version is no newer format. Every format to come keeps head and sum.
+        if found == expected or not found.startswith(_HEAD_SUM):
+            _check_version(raw.get("format") if isinstance(raw, dict) else None, file)
+        if found != expected:
+            raise ValueError(f"behind its head stands {found!r}, it needs {expected!r}")
         return msgspec.convert(raw, Head)
     except (ValueError, RecursionError) as exc:
         if isinstance(exc, ConfigError):
@@ -124,12 +137,33 @@ def decode_manifest(data: bytes, *, file: str) -> Manifest:
         ConfigError: The format is newer than this package.
     """
     parse_head(data, file=file)
+    _check_sum(data, file)
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
         _check(manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError, TypeError, LookupError) as exc:
         raise _corrupt(file, str(exc)) from exc
     return manifest
+
+
+def _head_sum(text: str) -> str:
+    return f'{_HEAD_SUM}{xxhash.xxh3_64_hexdigest(text.encode())}"'
+
+
+def _check_sum(data: bytes, file: str) -> None:
+    body, closing = data[:-_CLOSING_NBYTES], data[-_CLOSING_NBYTES:]
+    digest = xxhash.xxh3_128_hexdigest(body)
+    if closing == _CLOSING % digest.encode():
+        return
+    raise CheckpointCorruptError(
+        f"{file} is no usable manifest",
+        why=f"its checksum over {len(body)} bytes is {digest}, and it ends with {closing!r}",
+        next="restore another step",
+        file=file,
+        offset=0,
+        expected=closing.decode("utf-8", "replace").removeprefix(',"sum":"').removesuffix('"}'),
+        found=digest,
+    )
 
 
 def _check_version(version: object, file: str) -> None:
