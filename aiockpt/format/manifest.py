@@ -141,7 +141,7 @@ def decode_manifest(data: bytes, *, file: str) -> Manifest:
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
         _check(manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError, TypeError, LookupError) as exc:
+    except (msgspec.DecodeError, RecursionError, ValueError, TypeError, LookupError, AttributeError) as exc:
         raise _corrupt(file, str(exc)) from exc
     return manifest
 
@@ -197,8 +197,9 @@ def _check(manifest: Manifest) -> None:
         if not 0 <= record.data_start <= record.nbytes:
             raise ValueError(f"the sizes of {record.path!r} do not fit")
     for _, leaf in walk(plan.tree):
-        number = leaf[1] if isinstance(leaf, list) else leaf
-        if not -len(manifest.values) <= number < entries:
+        blob = isinstance(leaf, list)
+        number = leaf[1] if blob else leaf
+        if type(number) is not int or not (0 if blob else -len(manifest.values)) <= number < entries:
             raise ValueError("its tree names an entry or a value that is not there")
 
 
