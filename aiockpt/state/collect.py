@@ -1,0 +1,328 @@
+"""A nested state → tensors with names, values, and the tree that says where each stood."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from aiockpt.errors import UnsupportedValueError
+from aiockpt.format.names import Segments, dotted, file_name, sort_key
+from aiockpt.format.tree import Node, key_text
+from aiockpt.format.values import FACTORIES, MAX_DEPTH
+from aiockpt.planning.local import Entry
+from aiockpt.state.checks import is_plain, refuse_tensor, resolve
+from aiockpt.state.dtypes import COMPLEX128, PACKED_F4, code_of, stored_form
+from aiockpt.state.modules import ModuleItems, config_files, read_module
+from aiockpt.state.objects import is_object, read_object
+from aiockpt.state.optimizers import OptimizerItems, read_optimizer, refuse_sharded, uses_state_dict
+from aiockpt.state.parameters import add_module_names, add_name
+from aiockpt.state.values import blob_tensor, encode_key
+
+__all__ = ["Collected", "Found", "collect"]
+
+SLOW_SECONDS = 1e-3
+"""An object whose ``state_dict()`` takes longer is named: it holds up the training step in every save."""
+_SLOW_SECONDS_PER_ITEM = 10e-6
+"""What a module may take for each item beside that; torch's own takes about 2 µs."""
+_SCALARS = frozenset({type(None), bool, int, float, str, complex})
+
+
+class _Where(Enum):
+    MAPPING = auto()
+    """In the user's own mappings: every key is a node, objects are taken."""
+    LIST = auto()
+    """In a list of the user's: parts without tensors are one value, objects are taken."""
+    OBJECT = auto()
+    """In the state of an object: parts without tensors are one value."""
+
+
+class Found(NamedTuple):
+    """An object of the state and what was read of it."""
+
+    path: Segments
+    object: Any
+    read: ModuleItems | OptimizerItems | None
+    """None for an object that is known by its ``state_dict`` alone."""
+
+
+@dataclass(slots=True)
+class Collected:
+    """A state as a save needs it. Everything is live; nothing was copied but what ``tensors`` says."""
+
+    entries: list[Entry] = field(default_factory=list)
+    """Tied tensors of one top-level folder are one entry, under the first of their names in sorted order."""
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    """Per entry the live memory: plain, strided, detached, of the entry's dtype and shape (but float4, whose last
+    dimension torch counts in bytes); may be non-contiguous. A copy only of lazily conjugated or negated tensors, of
+    bytes, and of numpy arrays that torch cannot alias."""
+    tree: Node = None
+    """See ``format.tree``; numbers are positions in ``entries`` and ``values``."""
+    values: list[tuple[Segments, object]] = field(default_factory=list)
+    """By number: where it stands, and the live value; ``encode_values`` takes them."""
+    plain_files: dict[str, bytes] = field(default_factory=dict)
+    slow: dict[str, float] = field(default_factory=dict)
+    """Seconds that the ``state_dict()`` of an object took, by dotted key, where they are worth a word."""
+    copies: dict[int, object] = field(default_factory=dict)
+    """By entry number: the live object where ``tensors`` has a copy of it."""
+    objects: list[Found] = field(default_factory=list)
+    """Modules, optimizers and other objects, in the order in which they were met."""
+
+
+def collect(state: Mapping[Any, Any]) -> Collected:
+    """Read a state without changing anything: no copy, no gather, no optimizer step, no gradient buffer.
+
+    The tree: a mapping of the user's is a container whose every key is a tensor, a value or a container of its own. A
+    list or tuple is one value unless something in it is a tensor or an object. A module is
+    ``["module", {name: node}, metadata]``. An optimizer is ``{"state": {parameter: {key: node}}, "param_groups":
+    node}``, and ``"shared"`` beside these where it has state under keys that are no parameters. Any other object is the
+    tree of its ``state_dict()``, in which the largest parts without tensors are one value each.
+
+    Args:
+        state: Nested mappings; what stands in them is described in the documentation of ``save``.
+
+    Raises:
+        UnsupportedValueError: The state holds a tensor or an object that a checkpoint cannot; names its key. Values
+            are looked at by ``encode_values``.
+    """
+    if not isinstance(state, Mapping) or is_object(state):
+        raise UnsupportedValueError(
+            f"a state is a mapping, not {type(state).__qualname__}",
+            why="what it holds needs names",
+            next='give a dict, as in save(step, {"model": model, "optimizer": optimizer})',
+            key="",
+            type_name=type(state).__qualname__,
+        )
+    collector = _Collector()
+    return collector.finish(collector.mapping(state, (), 0))
+
+
+class _Collector:
+    """Walks one state once; optimizers are read last, when all parameters have names."""
+
+    def __init__(self) -> None:
+        self.result = Collected()
+        self._names: dict[int, str] = {}
+        self._optimizers: list[tuple[Optimizer, Segments, dict[str, Node]]] = []
+        self._seen: dict[Any, int] = {}
+        """Entry number by what makes tensors of one folder equal for ever: memory, dtype, shape, strides."""
+        self._kept: list[Any] = []
+        """State dicts made on the way: addresses and ids in them must not be used again before the end."""
+
+    def finish(self, tree: Node) -> Collected:
+        """Read the optimizers and return everything."""
+        for optimizer, path, node in self._optimizers:
+            self._fill_optimizer(optimizer, path, node)
+        self.result.tree = tree
+        return self.result
+
+    def mapping(self, item: Mapping[Any, Any], path: Segments, depth: int) -> Node:
+        """Return the node of a mapping of the user's, where each key is a node of its own."""
+        nodes: list[tuple[Any, Node]] = []
+        tensor = torch.Tensor
+        for key, child in item.items():
+            here = (*path, key) if type(key) is str else (*path, key_segment(key, path))
+            if type(child) is tensor and not child.requires_grad:
+                nodes.append((key, self._tensor(child, here)))
+                continue
+            node = self._part(child, here, depth + 1, _Where.MAPPING)
+            nodes.append((key, self._value(child, here) if node is None else node))
+        return mapping_node(item, nodes, path)
+
+    def _part(self, item: Any, path: Segments, depth: int, where: _Where) -> Node | None:
+        """Return the node of ``item``, or None where it has neither tensors nor objects: the caller makes a value."""
+        kind = type(item)
+        if kind in _SCALARS:
+            return None
+        if isinstance(item, torch.Tensor):
+            if where is not _Where.OBJECT:
+                add_name(self._names, item, dotted(path))
+            return self._tensor(item, path)
+        if depth > MAX_DEPTH:
+            raise _too_deep(item, path)
+        if kind is dict or kind is OrderedDict or kind is defaultdict:
+            if where is _Where.MAPPING:
+                return self.mapping(item, path, depth)
+            segments = [key if type(key) is str else key_segment(key, path) for key in item]
+            nodes = self._parts(list(item.values()), segments, path, depth, where)
+            return None if nodes is None else mapping_node(item, list(zip(item, nodes, strict=True)), path)
+        if kind is list or kind is tuple:
+            nodes = self._parts(item, range(len(item)), path, depth, where)
+            return None if nodes is None else [kind.__name__, nodes]
+        if where is not _Where.OBJECT and (node := self._object(item, path)) is not None:
+            return node
+        return self._blob(item, path)
+
+    def _parts(
+        self, items: Sequence[Any], segments: Iterable[Any], path: Segments, depth: int, where: _Where
+    ) -> list[Node] | None:
+        inner = _Where.LIST if where is _Where.MAPPING else where
+        paths = [(*path, str(segment)) for segment in segments]
+        nodes = [self._part(item, here, depth + 1, inner) for item, here in zip(items, paths, strict=True)]
+        if all(node is None for node in nodes):
+            return None
+        return [
+            self._value(item, here) if node is None else node
+            for item, here, node in zip(items, paths, nodes, strict=True)
+        ]
+
+    def _value(self, item: Any, path: Segments) -> Node:
+        values = self.result.values
+        values.append((path, item))
+        return -len(values)
+
+    def _whole(self, item: Any, path: Segments) -> Node:
+        """Return the node of something inside an object: a tree where there are tensors, else one value."""
+        node = self._part(item, path, 0, _Where.OBJECT)
+        return self._value(item, path) if node is None else node
+
+    def _blob(self, item: Any, path: Segments) -> Node | None:
+        blob = blob_tensor(item, path)
+        if blob is None:
+            return None
+        (tag, _, *rest), tensor = blob
+        number = self._tensor(tensor, path)
+        if tag != "ndarray":
+            self.result.copies[number] = item
+        return [tag, number, *rest]
+
+    def _tensor(self, tensor: torch.Tensor, path: Segments) -> int:
+        result = self.result
+        number = len(result.entries)
+        if not is_plain(tensor):
+            result.copies[number] = tensor
+            tensor = resolve(tensor, path)
+        elif tensor.requires_grad:
+            tensor = tensor.detach()
+        shape = tuple(tensor.shape)
+        dtype = tensor.dtype
+        code = code_of(dtype)
+        mark = ""
+        if code is None or code == PACKED_F4:
+            form = stored_form(dtype, shape)
+            if form is None:
+                raise refuse_tensor(tensor, path, f"no file holds {dtype} of shape {list(shape)}")
+            code, shape, mark = form
+            if mark == COMPLEX128:
+                tensor = torch.view_as_real(tensor)
+        address = tensor.data_ptr()
+        if address and number not in result.copies:
+            memory = (address, code, mark, shape, tensor.stride(), tensor.device, path[0] if len(path) > 1 else None)
+            known = self._seen.setdefault(memory, number)
+            if known != number:
+                if sort_key(path) < sort_key(result.entries[known].segments):
+                    result.entries[known] = Entry(path, code, shape, mark)
+                return known
+        result.entries.append(Entry(path, code, shape, mark))
+        result.tensors.append(tensor)
+        return number
+
+    def _object(self, item: Any, path: Segments) -> Node | None:
+        if isinstance(item, nn.Module):
+            return self._module(item, path)
+        if isinstance(item, Optimizer):
+            refuse_sharded(item, path)
+            if not uses_state_dict(item):
+                node: dict[str, Node] = {}
+                self._optimizers.append((item, path, node))
+                return node
+            self.result.objects.append(Found(path, item, OptimizerItems(item, uses_state_dict=True)))
+        elif not is_object(item):
+            return None
+        else:
+            self.result.objects.append(Found(path, item, None))
+        start = time.perf_counter()
+        state = read_object(item, path)
+        self._note_time(path, time.perf_counter() - start)
+        self._kept.append(state)
+        return self._whole(state, path)
+
+    def _note_time(self, path: Segments, seconds: float) -> None:
+        if seconds > SLOW_SECONDS:
+            self.result.slow[dotted(path)] = seconds
+
+    def _module(self, module: nn.Module, path: Segments) -> Node:
+        start = time.perf_counter()
+        read = read_module(module, path)
+        self._note_time(path, time.perf_counter() - start - _SLOW_SECONDS_PER_ITEM * len(read.items))
+        self._kept.append(read)
+        self.result.objects.append(Found(path, module, read))
+        add_module_names(self._names, read.places, path)
+        for name, content in config_files(module).items():
+            if len(path) == 1:  # a folder is a top-level key: only there can others find it
+                self.result.plain_files[f"{file_name(path[0])}/{name}"] = content
+        items = {
+            name: self._tensor(item, (*path, name))
+            if isinstance(item, torch.Tensor)
+            else self._whole(item, (*path, name))
+            for name, item in read.items.items()
+        }
+        metadata = None if read.metadata is None else self._value(read.metadata, (*path, "_metadata"))
+        return ["module", items, metadata]
+
+    def _fill_optimizer(self, optimizer: Optimizer, path: Segments, node: dict[str, Node]) -> None:
+        read = read_optimizer(optimizer, self._names, path)
+        self.result.objects.append(Found(path, optimizer, read))
+        node["state"] = {name: self._apart(state, (*path, "state", name)) for name, state in read.state.items()}
+        node["param_groups"] = self._whole(read.groups, (*path, "param_groups"))
+        if read.shared:
+            node["shared"] = self._apart(read.shared, (*path, "shared"))
+
+    def _apart(self, state: Any, path: Segments) -> Node:
+        """Return a container that has a node for each key of an optimizer's state, tensors or not."""
+        if not isinstance(state, dict):
+            return self._whole(state, path)
+        nodes = []
+        for key, item in state.items():
+            here = (*path, key) if type(key) is str else (*path, key_segment(key, path))
+            nodes.append((key, self._tensor(item, here) if type(item) is torch.Tensor else self._whole(item, here)))
+        return mapping_node(state, nodes, path)
+
+
+def mapping_node(item: Mapping[Any, Any], nodes: list[tuple[Any, Node]], path: Segments) -> Node:
+    """Return the node of a mapping: a JSON object where it is a plain dict with text keys, else a tagged list."""
+    tag = "dict"
+    if type(item) is OrderedDict:
+        tag = "OrderedDict"
+    elif type(item) is defaultdict:
+        tag = "defaultdict"
+        if item.default_factory is not None:
+            factory = next((name for name, made in FACTORIES.items() if made is item.default_factory), None)
+            if factory is None:
+                raise UnsupportedValueError(
+                    f"{dotted(path)!r} cannot be saved: a defaultdict of {item.default_factory!r}",
+                    why=f"its default factory is none of {', '.join(FACTORIES)}",
+                    next="turn it into a dict",
+                    key=dotted(path),
+                    type_name="collections.defaultdict",
+                )
+            tag = f"defaultdict:{factory}"
+    if tag == "dict" and all(type(key) is str and _is_text(key) for key, _ in nodes):
+        return dict(nodes)
+    return [tag, [[encode_key(key, path), node] for key, node in nodes]]
+
+
+def key_segment(key: object, path: Segments) -> str:
+    """Return the segment of a key that is no text, as ``format.tree`` names it."""
+    return key_text(encode_key(key, path))
+
+
+def _is_text(key: str) -> bool:
+    return key.isascii() or not any("\ud800" <= character <= "\udfff" for character in key)
+
+
+def _too_deep(item: object, path: Segments) -> UnsupportedValueError:
+    return UnsupportedValueError(
+        f"{dotted(path[:8])!r}… cannot be saved: it is nested deeper than {MAX_DEPTH}",
+        why="a container that holds itself has no end",
+        next="take the reference to the outer container out of the inner one",
+        key=dotted(path[:8]),
+        type_name=type(item).__qualname__,
+    )
