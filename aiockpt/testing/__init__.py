@@ -1,0 +1,1 @@
+"""For tests of programs that use aiockpt: faults on order. Nothing in the library imports this."""
