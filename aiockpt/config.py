@@ -13,6 +13,9 @@ __all__ = ["Every", "Latest", "Options", "RestartPolicy", "Snapshot"]
 
 Snapshot = Literal["guarded", "inline"]
 
+_LONGEST_SECONDS = 1e9
+"""32 years; the waits of the operating system take no infinity, and threads no more than 292 years."""
+
 
 def _refuse(argument: str, why: str, next: str) -> ConfigError:
     return ConfigError(f"{argument} was refused", why=why, next=next, argument=argument)
@@ -23,12 +26,24 @@ def _check_count(argument: str, value: object) -> None:
         raise _refuse(argument, f"{value!r} is not a whole number of at least 1", f"give {argument} an int >= 1")
 
 
-def _check_seconds(argument: str, value: object) -> None:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-    if not ok:
-        raise _refuse(
-            argument, f"{value!r} is not a positive number of seconds", "give seconds > 0, or None for no limit"
-        )
+def _check_number(argument: str, value: object, otherwise: str = "", *, or_zero: bool = False) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (0 < value <= _LONGEST_SECONDS or (or_zero and value == 0)):  # type: ignore[operator]
+        raise _refuse(argument, f"{value!r} is not a finite positive number", f"give a number > 0{otherwise}")
+
+
+def _absolute(run: object) -> str:
+    try:
+        path = os.fspath(run)  # type: ignore[call-overload]  # what has no path raises
+        path.encode("utf-8")  # it travels to the worker, and into JSON, as text
+        if path and "\0" not in path:
+            return str(os.path.abspath(path))
+        why = f"{run!r} is not the path of a directory"
+    except (TypeError, AttributeError, UnicodeEncodeError):  # bytes have no encode
+        why = f"{run!r} is not the path of a directory as text"
+    except FileNotFoundError:
+        why = f"{run!r} is relative, and the working directory was removed"
+    raise _refuse("run", why, 'give a path, as in Checkpointer("runs/exp1")')
 
 
 class Latest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,7 +69,7 @@ class Every(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         if self.steps is not None:
             _check_count("Every(steps)", self.steps)
         if self.minutes is not None:
-            _check_seconds("Every(minutes)", self.minutes)
+            _check_number("Every(minutes)", self.minutes)
 
 
 class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,9 +86,13 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     def __post_init__(self) -> None:
         if isinstance(self.tries, bool) or not isinstance(self.tries, int) or self.tries < 0:
             raise _refuse("RestartPolicy(tries)", f"{self.tries!r} is not an int >= 0", "give 0 for no restart")
-        _check_seconds("RestartPolicy(window)", self.window)
-        if not self.delays or any(not isinstance(d, (int, float)) or d < 0 for d in self.delays):
-            raise _refuse("RestartPolicy(delays)", f"{self.delays!r}", "give at least one number of seconds >= 0")
+        _check_number("RestartPolicy(window)", self.window)
+        if not isinstance(self.delays, tuple) or not self.delays:
+            raise _refuse(
+                "RestartPolicy(delays)", f"{self.delays!r} is no tuple of seconds", "give one, as in (0, 0.5)"
+            )
+        for delay in self.delays:
+            _check_number("RestartPolicy(delays)", delay, ", or 0 for at once", or_zero=True)
 
     def delay(self, restarts: int) -> float:
         """Seconds before the next restart when ``restarts`` lie within the window already."""
@@ -113,15 +132,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Raises:
             ConfigError: Names the argument, what was given, and what is taken.
         """
-        try:
-            path: object = os.fspath(run)
-        except TypeError:
-            path = None
-        if not isinstance(path, str) or not path or "\0" in path:
-            raise _refuse(
-                "run", f"{run!r} is not the path of a directory", 'give a path, as in Checkpointer("runs/exp1")'
-            )
-        options = cls(run=os.path.abspath(path), **arguments)
+        options = cls(run=_absolute(run), **arguments)
         options._check()
         return options
 
@@ -130,7 +141,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             value = getattr(self, argument)
             if value is not None and not isinstance(value, kind):
                 raise _refuse(argument, f"{value!r} is no {kind.__name__}", f"give aiockpt.{kind.__name__}(…), or None")
-        if self.snapshot not in ("guarded", "inline"):
+        if not isinstance(self.snapshot, str) or self.snapshot not in ("guarded", "inline"):
             raise _refuse("snapshot", f"{self.snapshot!r} is unknown", 'give "guarded" or "inline"')
         if self.capacity is not None:
             _check_count("capacity", self.capacity)
@@ -139,4 +150,4 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         for argument in ("start_timeout", "stall_timeout", "io_timeout", "linger_timeout", "close_timeout"):
             value = getattr(self, argument)
             if value is not None:
-                _check_seconds(argument, value)
+                _check_number(argument, value, ", in seconds, or None for no limit")

@@ -6,6 +6,8 @@ programs. All of them pickle and copy, notes included.
 
 from __future__ import annotations
 
+import errno as _errno
+import os
 from typing import Any, ClassVar, Self
 
 __all__ = [
@@ -160,6 +162,11 @@ class StepExistsError(SaveError, FileExistsError):
     step: int | None
     path: str | None
 
+    def __init__(self, what: str, *, why: str = "", next: str = "", **fields: Any) -> None:
+        super().__init__(what, why=why, next=next, **fields)
+        # For code that knows it as a FileExistsError only.
+        self.errno, self.strerror, self.filename = _errno.EEXIST, os.strerror(_errno.EEXIST), self.path
+
 
 class StorageError(SaveError, OSError):
     """The operating system refused something; ``errno`` says what."""
@@ -168,6 +175,12 @@ class StorageError(SaveError, OSError):
     errno: int | None
     path: str | None
     step: int | None
+
+    def __init__(self, what: str, *, why: str = "", next: str = "", **fields: Any) -> None:
+        super().__init__(what, why=why, next=next, **fields)
+        # For code that knows it as an OSError only.
+        self.strerror = None if self.errno is None else os.strerror(self.errno)
+        self.filename = self.path
 
 
 class CommitUnknownError(SaveError):

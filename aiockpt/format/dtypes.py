@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 __all__ = ["BITS", "nbytes_of"]
+
+_MOST_ELEMENTS = (1 << 63) - 1
+"""Also of the product on the way to a 0, as in torch and safetensors; bounds the work for a hostile shape."""
 
 BITS: dict[str, int] = {
     "BOOL": 8,
@@ -36,14 +38,20 @@ def nbytes_of(dtype: str, shape: Sequence[int]) -> int:
     """Return the exact size of a tensor in bytes.
 
     Raises:
-        ValueError: The dtype is unknown, a dimension is negative, or sub-byte elements do not fill whole bytes.
+        ValueError: The dtype is unknown, a dimension is negative, there are more elements than 64 bits count, or
+            sub-byte elements do not fill whole bytes.
     """
     bits = BITS.get(dtype)
     if bits is None:
         raise ValueError(f"dtype {dtype!r} is unknown")
-    if any(size < 0 for size in shape):
-        raise ValueError(f"shape {list(shape)} has a negative dimension")
-    total, rest = divmod(math.prod(shape) * bits, 8)
+    elements = 1
+    for size in shape:
+        elements *= size
+        if size < 0:
+            raise ValueError(f"a shape of {len(shape)} dimensions has a negative one")
+        if elements > _MOST_ELEMENTS:
+            raise ValueError(f"a shape of {len(shape)} dimensions has more elements than 64 bits count")
+    total, rest = divmod(elements * bits, 8)
     if rest:
-        raise ValueError(f"{dtype} of shape {list(shape)} does not fill whole bytes")
+        raise ValueError(f"{elements} elements of {dtype} do not fill whole bytes")
     return total

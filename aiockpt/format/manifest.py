@@ -8,14 +8,16 @@ per file the size, the start of the data section and the xxh3-128 of the header;
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import xxhash
 
 from aiockpt.errors import CheckpointCorruptError, ConfigError
-from aiockpt.format.dtypes import BITS
-from aiockpt.format.tree import Node, walk
+from aiockpt.format.dtypes import nbytes_of
+from aiockpt.format.image import ALIGN
+from aiockpt.format.names import MAX_STEP
+from aiockpt.format.tree import Node, check_tree
 
 __all__ = [
     "FORMAT_VERSION",
@@ -37,16 +39,20 @@ _CLOSING = b',"sum":"%b"}'
 _CLOSING_NBYTES = len(_CLOSING % (b"0" * 32))
 
 
+_Number = Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP)]
+
+
 class Head(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What tells checkpoints of a run apart. Newest is the highest (term, ordinal), not the highest step."""
 
     format: int = FORMAT_VERSION
-    step: int
-    term: int
-    ordinal: int
-    save_id: str
-    world_size: int
-    nbytes: int
+    step: _Number
+    term: _Number
+    ordinal: _Number
+    save_id: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f-]{1,64}\Z")]
+    """Becomes part of directory names, hence so few characters."""
+    world_size: _Number
+    nbytes: _Number
     """Bytes of all tensor files."""
     created: str
     """UTC, ISO 8601; for people, nothing is decided by it."""
@@ -59,9 +65,9 @@ class FileRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     path: str
     """Relative to the manifest, ``/`` between folder and name."""
-    nbytes: int
-    data_start: int
-    """0 for a plain file, whose ``sum`` is then that of its whole content."""
+    nbytes: _Number
+    data_start: _Number
+    """A multiple of 4096; 0 for a plain file, whose ``sum`` is then that of its whole content."""
     sum: str
     """xxh3-128 of the header as it lies on disk, 32 hexadecimal digits."""
 
@@ -92,9 +98,18 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     plan: Plan
 
 
+_decoder = msgspec.json.Decoder(Manifest)
+
+
 def encode_manifest(head: Head, files: list[FileRecord], *, values: bytes, metadata: bytes, plan: bytes) -> bytes:
-    """Return the bytes of ``manifest.json``; ``values``, ``metadata`` and ``plan`` are JSON already."""
-    text = json.dumps(msgspec.to_builtins(head), separators=(",", ":"))
+    """Return the bytes of ``manifest.json``; ``values``, ``metadata`` and ``plan`` are JSON already.
+
+    Raises:
+        ValueError: No reader would take the head; better said before the commit than after it.
+    """
+    fields = msgspec.to_builtins(head)
+    msgspec.convert(fields, Head)
+    text = json.dumps(fields, separators=(",", ":"))
     opening = f"{_OPENING}{text}{_head_sum(text)}".encode()
     if len(opening) > HEAD_NBYTES:
         raise ValueError(f"the head of a manifest has {len(opening)} bytes, readers look at {HEAD_NBYTES}")
@@ -123,9 +138,9 @@ def parse_head(data: bytes, *, file: str) -> Head:
         if found != expected:
             raise ValueError(f"behind its head stands {found!r}, it needs {expected!r}")
         return msgspec.convert(raw, Head)
+    except ConfigError:  # a ValueError too
+        raise
     except (ValueError, RecursionError) as exc:
-        if isinstance(exc, ConfigError):
-            raise
         raise _corrupt(file, str(exc)) from exc
 
 
@@ -136,12 +151,16 @@ def decode_manifest(data: bytes, *, file: str) -> Manifest:
         CheckpointCorruptError: Something does not fit; says what.
         ConfigError: The format is newer than this package.
     """
-    parse_head(data, file=file)
+    head = parse_head(data, file=file)
     _check_sum(data, file)
     try:
-        manifest = msgspec.json.decode(data, type=Manifest)
-        _check(manifest)
-    except (msgspec.DecodeError, RecursionError, ValueError, TypeError, LookupError, AttributeError) as exc:
+        manifest = _decoder.decode(data)
+        if manifest.head != head:
+            raise ValueError("it has two heads")
+        _check_columns(manifest.plan, len(manifest.files))
+        _check_files(manifest.files)
+        check_tree(manifest.plan.tree, entries=len(manifest.plan.names), values=len(manifest.values))
+    except (ValueError, RecursionError) as exc:  # msgspec's and Unicode's errors are ValueErrors
         raise _corrupt(file, str(exc)) from exc
     return manifest
 
@@ -176,31 +195,25 @@ def _check_version(version: object, file: str) -> None:
         )
 
 
-def _check(manifest: Manifest) -> None:
-    plan = manifest.plan
+def _check_columns(plan: Plan, files: int) -> None:
     entries = len(plan.names)
     if len(plan.entry_classes) != entries or len(plan.entry_files) != entries:
         raise ValueError("its columns have different lengths")
-    for column, limit, what in (
-        (plan.entry_classes, len(plan.classes), "class"),
-        (plan.entry_files, len(manifest.files), "file"),
-    ):
+    for column, limit, what in ((plan.entry_classes, len(plan.classes), "class"), (plan.entry_files, files, "file")):
         if column and not (min(column) >= 0 and max(column) < limit):
             raise ValueError(f"an entry names a {what} that is not there")
     for dtype, shape, _ in plan.classes:
-        if dtype not in BITS or any(size < 0 for size in shape):
-            raise ValueError(f"a class has dtype {dtype!r} and shape {shape}")
-    for record in manifest.files:
-        parts = record.path.split("/")
-        if record.path.startswith("/") or any(part in ("", ".", "..") for part in parts) or "\0" in record.path:
-            raise ValueError(f"the file name {record.path!r} leads out of the checkpoint")
-        if not 0 <= record.data_start <= record.nbytes:
-            raise ValueError(f"the sizes of {record.path!r} do not fit")
-    for _, leaf in walk(plan.tree):
-        blob = isinstance(leaf, list)
-        number = leaf[1] if blob else leaf
-        if type(number) is not int or not (0 if blob else -len(manifest.values)) <= number < entries:
-            raise ValueError("its tree names an entry or a value that is not there")
+        nbytes_of(dtype, shape)
+
+
+def _check_files(files: list[FileRecord]) -> None:
+    for record in files:
+        if any(part in ("", ".", "..") for part in record.path.split("/")) or "\0" in record.path:
+            raise ValueError(f"the file name {record.path!r:.200} leads out of the checkpoint")
+        if record.data_start > record.nbytes or record.data_start % ALIGN:
+            raise ValueError(f"the sizes of {record.path!r:.200} do not fit")
+    if len({record.path for record in files}) < len(files):
+        raise ValueError("a file stands in it twice")
 
 
 def _corrupt(file: str, why: str) -> CheckpointCorruptError:

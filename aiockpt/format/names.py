@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-import zlib
 from typing import NamedTuple
 
 __all__ = [
     "INDEX_NAME",
     "LOCK_NAME",
     "MANIFEST_NAME",
+    "MAX_STEP",
     "RUN_RECORD_NAME",
     "Attempt",
     "Segments",
@@ -37,6 +38,8 @@ MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "model.safetensors.index.json"
 RUN_RECORD_NAME = "aiockpt.json"
 LOCK_NAME = ".lock"
+MAX_STEP = (1 << 63) - 1
+"""What fits the wire, the manifest and the 19 digits of a name."""
 
 _LONGEST = 200  # bytes; NAME_MAX is 255 on every file system of interest, and prefixes come on top
 _PLAIN = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-+@=")
@@ -55,8 +58,8 @@ def sort_key(segments: Segments) -> tuple[bytes, ...]:
 def file_name(text: str) -> str:
     """Return ``text`` as a file name: percent-encoded where it is none, cut with a checksum where it is too long.
 
-    Different texts give different names (aside from a collision of the checksum on over-long ones), never ``.``,
-    ``..``, a hidden name, or that of the manifest.
+    Different texts give different names, over-long ones by 128 bits of BLAKE2. No name is ``.`` or ``..``, hidden, or
+    that of the manifest.
     """
     raw = text.encode("utf-8", "surrogatepass")
     encoded = "".join(chr(byte) if byte in _PLAIN else f"%{byte:02X}" for byte in raw)
@@ -65,7 +68,8 @@ def file_name(text: str) -> str:
     if encoded == MANIFEST_NAME:
         encoded = encoded.replace(".", "%2E")
     if len(encoded) > _LONGEST:
-        encoded = f"{encoded[: _LONGEST - 10]}%~{zlib.crc32(raw):08x}"
+        mark = f"%~{hashlib.blake2b(raw, digest_size=16).hexdigest()}"  # no encoded text has a "~"
+        encoded = encoded[: _LONGEST - len(mark)] + mark
     return encoded or "%"
 
 

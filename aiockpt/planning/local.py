@@ -7,7 +7,7 @@ last one again while nothing of these changes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,16 +15,18 @@ import msgspec
 
 from aiockpt.errors import UnsupportedValueError
 from aiockpt.format.dtypes import nbytes_of
-from aiockpt.format.image import ImageLayout, TensorSpec, lay_out, round_up
+from aiockpt.format.image import MAX_HEADER_NBYTES, METADATA_KEY, ImageLayout, TensorSpec, lay_out, round_up
 from aiockpt.format.manifest import Plan
 from aiockpt.format.names import INDEX_NAME, Segments, dotted, file_name, shard_name, sort_key
 from aiockpt.format.tree import Node, renumber
 from aiockpt.protocol.messages import FileImage
 
-__all__ = ["MAX_FILE_ENTRIES", "Entry", "LocalPlan", "PlanCache", "plan_local"]
+__all__ = ["MAX_FILE_ENTRIES", "MAX_NAME_LENGTH", "Entry", "LocalPlan", "PlanCache", "plan_local"]
 
 MAX_FILE_ENTRIES = 100_000
-"""Tensors in one file: a header takes about 135 bytes for each plus its name, and stays well below 32 MiB so."""
+"""Tensors in one file: a reader that wants one of them parses the header of all."""
+MAX_NAME_LENGTH = 16 << 10
+"""Characters of an entry's dotted name; some hundred are usual, and a header holds all names of its file."""
 
 TOP_FOLDER = "state"
 """Holds the tensors that stand at the very top of the state."""
@@ -67,23 +69,34 @@ class LocalPlan:
     """Of names, dtypes, shapes and tree; equal on ranks with equal plans."""
 
 
-def plan_local(entries: Sequence[Entry], tree: Node, plain_files: Mapping[str, bytes] | None = None) -> LocalPlan:
+def plan_local(
+    entries: Sequence[Entry],
+    tree: Node,
+    plain_files: Mapping[str, bytes] | None = None,
+    *,
+    max_file_entries: int = MAX_FILE_ENTRIES,
+    max_header_nbytes: int = MAX_HEADER_NBYTES,
+) -> LocalPlan:
     """Lay out one rank's entries.
 
     Args:
         entries: In any order; their positions are the entry numbers in ``tree``.
         tree: See ``format.tree``.
         plain_files: Further files by (encoded) path, such as ``model/config.json``.
+        max_file_entries: Tensors of a file; a folder with more has several files.
+        max_header_nbytes: Of a file, likewise.
 
     Raises:
-        UnsupportedValueError: Two entries have the same dotted name; names both.
+        UnsupportedValueError: Two entries have the same dotted name (names both), a name cannot stand in a
+            safetensors file, or the tree is nested too deep.
+        ValueError: An entry's dtype and shape are none, or a plain file has the path of another file.
     """
     canonical = sorted(range(len(entries)), key=lambda i: sort_key(entries[i].segments))
-    _refuse_collisions(entries, canonical)
+    _check_names(entries, canonical)
     folders = _group_by_folder(entries, canonical)
     builder = _Builder(entries)
     for folder in sorted(folders):
-        builder.add_folder(folder, folders[folder])
+        builder.add_folder(folder, list(builder.cut(folders[folder], max_file_entries, max_header_nbytes)))
     for path, content in sorted((plain_files or {}).items()):
         builder.add_plain(path, content)
     body = _encode_body(entries, canonical, builder.names, builder.entry_files, tree)
@@ -91,24 +104,30 @@ def plan_local(entries: Sequence[Entry], tree: Node, plain_files: Mapping[str, b
 
 
 class PlanCache:
-    """Gives the last plan again while entries, tree and plain files stay equal."""
+    """Gives the last plan again while entries, tree and plain files stay equal.
+
+    Equal when encoded: Python's ``==`` takes ``True`` for ``1``, and a list that was changed is still equal to itself.
+    """
 
     def __init__(self) -> None:
-        self._key: tuple[Sequence[Entry], Node, Mapping[str, bytes]] | None = None
+        self._key = b""
         self._plan: LocalPlan | None = None
         self.misses = 0
 
     def plan(self, entries: Sequence[Entry], tree: Node, plain_files: Mapping[str, bytes]) -> LocalPlan:
         """Return the plan, as ``plan_local`` makes it."""
-        key = (entries, tree, plain_files)
+        try:
+            key = msgspec.msgpack.encode((entries, tree, plain_files))
+        except (UnicodeEncodeError, RecursionError):
+            return plan_local(entries, tree, plain_files)  # which says what is wrong with it
         if self._plan is None or self._key != key:
-            self._plan = plan_local(*key)
+            self._plan = plan_local(entries, tree, plain_files)
             self._key = key
             self.misses += 1
         return self._plan
 
 
-def _refuse_collisions(entries: Sequence[Entry], canonical: Sequence[int]) -> None:
+def _check_names(entries: Sequence[Entry], canonical: Sequence[int]) -> None:
     seen: dict[str, Segments] = {}
     for i in canonical:
         segments = entries[i].segments
@@ -122,6 +141,20 @@ def _refuse_collisions(entries: Sequence[Entry], canonical: Sequence[int]) -> No
                 other_key=repr(list(segments)),
             )
         seen[name] = segments
+        if name.endswith(METADATA_KEY) and _name_in_file(segments) == METADATA_KEY:
+            raise _unfit(name, f"safetensors has {METADATA_KEY} for itself")
+        if len(name) > MAX_NAME_LENGTH:
+            raise _unfit(f"{name[:80]}…", f"its name has {len(name)} characters, a header holds all names of a file")
+        if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
+            raise _unfit(name, "its name has lone surrogates, and no UTF-8")
+
+
+def _unfit(key: str, why: str) -> UnsupportedValueError:
+    return UnsupportedValueError(f"{key!r} cannot be saved", why=why, next="rename or rearrange its keys", key=key)
+
+
+def _name_in_file(segments: Segments) -> str:
+    return dotted(segments[1:] or segments)
 
 
 def _group_by_folder(entries: Sequence[Entry], canonical: Sequence[int]) -> dict[str, list[int]]:
@@ -145,17 +178,37 @@ class _Builder:
         self._order: list[int] = []
         self._offsets = [0] * len(entries)
         self._end = 0
+        self.sizes = [nbytes_of(entry.dtype, entry.shape) for entry in entries]
         self.entry_files = [0] * len(entries)
-        self.names = [dotted(entry.segments[1:] or entry.segments) for entry in entries]
+        self.names = [_name_in_file(entry.segments) for entry in entries]
 
-    def add_folder(self, folder: str, members: list[int]) -> None:
-        parts = [members[i : i + MAX_FILE_ENTRIES] for i in range(0, len(members), MAX_FILE_ENTRIES)]
+    def cut(self, members: Sequence[int], max_entries: int, max_header_nbytes: int) -> Iterator[list[int]]:
+        """Yield the members of each file of a folder."""
+        part: list[int] = []
+        header_nbytes = 0
+        for i in members:
+            nbytes = self._header_nbytes(i)
+            if part and (len(part) >= max_entries or header_nbytes + nbytes > max_header_nbytes):
+                yield part
+                part, header_nbytes = [], 0
+            part.append(i)
+            header_nbytes += nbytes
+        yield part
+
+    def _header_nbytes(self, i: int) -> int:
+        """Return how much an entry adds to a header at most: name, claims, and 16 digits for each 16 MiB."""
+        claims = (
+            len('"":{"dtype":"F8_E4M3FNUZ","shape":[],"data_offsets":[,]},') + 2 * 20 + 20 * len(self._entries[i].shape)
+        )
+        return len(msgspec.json.encode(self.names[i])) + claims + (self.sizes[i] >> 20)
+
+    def add_folder(self, folder: str, parts: Sequence[list[int]]) -> None:
         weights: dict[str, str] = {}
         for index, part in enumerate(parts):
             name = shard_name(index, len(parts))
             weights |= {self.names[i]: name for i in part}
             self._add_image(f"{folder}/{name}", part)
-        total = sum(nbytes_of(self._entries[i].dtype, self._entries[i].shape) for i in members)
+        total = sum(self.sizes[i] for part in parts for i in part)
         index_json = {"metadata": {"total_size": total}, "weight_map": weights}
         self.add_plain(f"{folder}/{INDEX_NAME}", msgspec.json.encode(index_json))
 
@@ -187,18 +240,19 @@ class _Builder:
         self._end += round_up(len(content))
 
     def finish(self, body: bytes) -> LocalPlan:
-        sizes = tuple(nbytes_of(entry.dtype, entry.shape) for entry in self._entries)
+        if len({image.path for image in self._files}) < len(self._files):
+            raise ValueError("a plain file has the path of another file")
         return LocalPlan(
             files=tuple(self._files),
             texts=(*self._texts, (self._end, body)),
             offsets=tuple(self._offsets),
-            sizes=sizes,
+            sizes=tuple(self.sizes),
             entry_files=tuple(self.entry_files),
             order=tuple(self._order),
             body_offset=self._end,
             body_nbytes=len(body),
             arena_nbytes=self._end + round_up(len(body)),
-            data_nbytes=sum(sizes),
+            data_nbytes=sum(self.sizes),
             digest=hashlib.blake2b(body, digest_size=16).hexdigest(),
         )
 
@@ -211,12 +265,17 @@ def _encode_body(
     for number, i in enumerate(canonical):
         numbers[i] = number
         classes.setdefault((entries[i].dtype, entries[i].shape, entries[i].mark), len(classes))
-    return msgspec.json.encode(
-        Plan(
-            classes=[(dtype, list(shape), mark) for dtype, shape, mark in classes],
-            names=[names[i] for i in canonical],
-            entry_classes=[classes[entries[i].dtype, entries[i].shape, entries[i].mark] for i in canonical],
-            entry_files=[files[i] for i in canonical],
-            tree=renumber(tree, numbers.__getitem__),
+    try:
+        return msgspec.json.encode(
+            Plan(
+                classes=[(dtype, list(shape), mark) for dtype, shape, mark in classes],
+                names=[names[i] for i in canonical],
+                entry_classes=[classes[entries[i].dtype, entries[i].shape, entries[i].mark] for i in canonical],
+                entry_files=[files[i] for i in canonical],
+                tree=renumber(tree, numbers.__getitem__),
+            )
         )
-    )
+    except UnicodeEncodeError as exc:
+        raise _unfit(exc.object, "text with lone surrogates has no UTF-8") from exc
+    except RecursionError as exc:
+        raise _unfit("state", "it is nested too deep for Python's stack") from exc

@@ -23,10 +23,16 @@ def encode(message: Message) -> bytes:
     """Return the frame of one message.
 
     Raises:
-        ProtocolError: It is larger than ``MAX_FRAME_NBYTES``; nothing was sent.
+        ProtocolError: It is larger than ``MAX_FRAME_NBYTES``, or holds an int beyond 64 bits or text that is no
+            UTF-8; nothing was sent.
     """
     frame = bytearray(_LENGTH.size)
-    _encoder.encode_into(message, frame, _LENGTH.size)
+    try:
+        _encoder.encode_into(message, frame, _LENGTH.size)
+    except (OverflowError, UnicodeEncodeError) as exc:
+        raise ProtocolError(
+            f"a {type(message).__name__} was not sent", why=str(exc), next="report this: it was not checked before"
+        ) from exc
     nbytes = len(frame) - _LENGTH.size
     if nbytes > MAX_FRAME_NBYTES:
         raise ProtocolError(
@@ -50,6 +56,8 @@ class FrameDecoder:
 
     def feed(self, data: bytes) -> list[Message]:
         """Take bytes as they come and return the messages that they complete.
+
+        Whole messages in front of a bad one in the same bytes are dropped with it: the connection ends here anyway.
 
         Raises:
             ProtocolError: A length over the limit, bytes that are no msgpack, an unknown tag, or a wrong field.
@@ -95,7 +103,11 @@ def check_hello(message: Message, *, package: str, path: str) -> Hello:
         ProtocolError: Names what differs.
     """
     if not isinstance(message, Hello):
-        raise ProtocolError("the peer did not say hello", why=f"its first message is a {type(message).__name__}")
+        raise ProtocolError(
+            "the peer did not say hello",
+            why=f"its first message is a {type(message).__name__}",
+            next="the connection is dropped",
+        )
     ours = {"magic": MAGIC, "protocol": PROTOCOL_VERSION, "package": package, "path": path}
     for field, expected in ours.items():
         found = getattr(message, field)

@@ -5,7 +5,7 @@ Messages never carry tensors: those lie in the arena, and a message names byte r
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -37,6 +37,10 @@ __all__ = [
 MAGIC = "aiockpt"
 PROTOCOL_VERSION = 1
 
+Count = Annotated[int, msgspec.Meta(ge=0)]
+"""A number, offset or size; a negative one is refused when it is decoded, before it can index anything."""
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag_field="is"):
     pass
@@ -60,11 +64,11 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     run: str
     """Absolute path of the run directory, which the trainer has taken."""
-    term: int
+    term: Count
     """The term that the trainer claimed; a higher one in the directory fences this worker."""
-    linger_timeout: float | None
+    linger_timeout: Seconds | None
     """Seconds to finish a staged save after the trainer's death; None is no limit."""
-    beat_interval: float
+    beat_interval: Seconds
     """Seconds between two beats."""
 
 
@@ -87,15 +91,15 @@ class Hello(_Message, tag="hello", frozen=True, kw_only=True, gc=False):
 class Reserve(_Message, tag="reserve", frozen=True, kw_only=True, gc=False):
     """Make an arena; the worker drops the one it has. Only sent while no save is open."""
 
-    nbytes: int
-    capacity: int | None = None
+    nbytes: Count
+    capacity: Count | None = None
 
 
 class Adopt(_Message, tag="adopt", frozen=True, kw_only=True, gc=False):
     """The arena of a worker that died; carries one descriptor."""
 
-    nbytes: int
-    fds: int = 1
+    nbytes: Count
+    fds: Count = 1
 
 
 class FileImage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -103,13 +107,13 @@ class FileImage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     path: str
     """Relative to the checkpoint's directory, ``/`` between folder and name, file-name safe."""
-    offset: int
+    offset: Count
     """Byte offset in the arena, a multiple of 4096."""
-    nbytes: int
+    nbytes: Count
     """Exact size of the file, header included."""
-    data_start: int
+    data_start: Count
     """Where the header ends and the data section begins, a multiple of 4096; 0 for a plain file without checksums."""
-    sums_at: int
+    sums_at: Count
     """Where in the header the fixed-width block checksums stand; 0 for a plain file."""
 
 
@@ -117,16 +121,16 @@ class BeginSave(_Message, tag="begin", frozen=True, kw_only=True, gc=False):
     """Open an attempt. The trainer sends no second one before SlotFree of the first."""
 
     save_id: str
-    step: int
-    attempt: int
+    step: Count
+    attempt: Count
     """0 for the first try, +1 for each retry after a worker's death."""
-    ordinal: int
+    ordinal: Count
     overwrite: bool
     """Replace ``step-N`` where it stands (an explicit overwrite, or a step of an abandoned branch)."""
     files: list[FileImage]
-    plan_offset: int
+    plan_offset: Count
     """Arena range of the plan, JSON: the part of the manifest that is known before staging."""
-    plan_nbytes: int
+    plan_nbytes: Count
     prune: list[str] = []
     """Directory names in the run that retention removes once this save is committed."""
 
@@ -135,9 +139,9 @@ class Staged(_Message, tag="staged", frozen=True, kw_only=True, gc=False):
     """The first ``upto`` bytes of the file's image are final (the checksums in its header aside)."""
 
     save_id: str
-    file: int
+    file: Count
     """Index into ``BeginSave.files``."""
-    upto: int
+    upto: Count
 
 
 class EndStaging(_Message, tag="end", frozen=True, kw_only=True, gc=False):
@@ -166,15 +170,15 @@ class Close(_Message, tag="close", frozen=True, kw_only=True, gc=False):
 class Ready(_Message, tag="ready", frozen=True, kw_only=True, gc=False):
     """The worker is up and can write into the run directory; or ``error`` says why not, and it ends."""
 
-    pid: int
+    pid: Count
     error: WireError | None = None
 
 
 class Reserved(_Message, tag="reserved", frozen=True, kw_only=True, gc=False):
     """The answer to Reserve: one descriptor, or an error and none."""
 
-    nbytes: int
-    fds: int = 0
+    nbytes: Count
+    fds: Count = 0
     error: WireError | None = None
 
 
@@ -182,7 +186,7 @@ class Progress(_Message, tag="progress", frozen=True, kw_only=True, gc=False):
     """Bytes of the save written so far; sent at each change of state, else at most every beat interval."""
 
     save_id: str
-    written: int
+    written: Count
     state: str = "staging"
     """A ``lifecycle.SaveState`` value as the worker sees it."""
 
@@ -193,7 +197,7 @@ class Committed(_Message, tag="committed", frozen=True, kw_only=True, gc=False):
     save_id: str
     path: str
     """Absolute path of ``step-N``."""
-    nbytes: int
+    nbytes: Count
     timings: dict[str, float]
     """Seconds: ``write``, ``sync``, ``commit``; and flags such as ``buffered`` (1.0 where direct I/O was refused)."""
     pruned: list[str] = []
@@ -215,7 +219,7 @@ class SlotFree(_Message, tag="free", frozen=True, kw_only=True, gc=False):
 class Beat(_Message, tag="beat", frozen=True, kw_only=True, gc=False):
     """The worker's loop lives."""
 
-    moved: int
+    moved: Count
     """Counts every finished write, sync, rename and unlink; standing still while ``busy`` means a hanging disk."""
     busy: str = ""
     """The file operation under way that began first, or empty."""
