@@ -17,13 +17,12 @@ from aiockpt.storage.run_directory import (
     Committed,
     Scan,
     Unreadable,
-    check_run,
     find_committed,
     highest_term,
-    make_record,
     open_run,
     scan,
 )
+from aiockpt.storage.run_record import check_run, make_directory, make_record
 
 __all__ = ["RunClaim"]
 
@@ -88,8 +87,7 @@ class RunClaim:
             StorageError: The operating system refused something.
         """
         run = os.path.abspath(run)
-        with storage_errors("a run directory was not made", run):
-            _make_directory(run)
+        make_directory(run)
         record = check_run(run)
         run_fd = open_run(run)
         try:
@@ -229,23 +227,4 @@ class RunClaim:
         self._lock.forget_in_child()
         fd, self._run_fd = self._run_fd, -1
         if fd >= 0:
-            os.close(fd)
-
-
-def _make_directory(run: str) -> None:
-    """Make the directory and its parents, durably: a checkpoint in a directory that a power loss removes is none."""
-    missing = []
-    path = run
-    while not os.path.lexists(path):
-        missing.append(path)
-        path = os.path.dirname(path)
-    for path in reversed(missing):
-        try:
-            os.mkdir(path)
-        except FileExistsError:
-            continue
-        fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            sync_dir(fd)
-        finally:
             os.close(fd)

@@ -16,12 +16,14 @@ from collections.abc import Iterable
 from aiockpt.errors import CommitUnknownError, StepExistsError
 from aiockpt.format.names import MANIFEST_NAME, old_name, step_name, trash_name
 from aiockpt.storage.direct import sync_dir, write_small
-from aiockpt.storage.failures import FencedError, storage_error, storage_errors
+from aiockpt.storage.failures import NO_LOCKS, FencedError, storage_errors
 from aiockpt.storage.faults import NO_FAULTS, FaultPoint, Faults
 from aiockpt.storage.run_directory import Committed, find_committed, highest_term
 
 __all__ = ["make_attempt", "publish", "remove_tree", "retire", "to_trash", "write_manifest"]
 
+_REMOVALS = 5
+"""Tries, where others remove the same tree."""
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -37,7 +39,7 @@ def make_attempt(run_fd: int, name: str, folders: Iterable[str], *, faults: Faul
     Raises:
         StorageError: What stands may be removed by ``remove_tree``.
     """
-    with storage_errors("an attempt's directory was not made", name):
+    with storage_errors("an attempt's directory was not made", name, fd=run_fd):
         os.mkdir(name, dir_fd=run_fd)
         fd = os.open(name, _OPEN_DIRECTORY, dir_fd=run_fd)
         try:
@@ -57,7 +59,7 @@ def write_manifest(attempt_fd: int, data: bytes, folders: Iterable[str], *, faul
         StorageError: The attempt may not be published.
     """
     write_small(attempt_fd, MANIFEST_NAME, data, faults=faults)
-    with storage_errors("an attempt's directory was not synced", MANIFEST_NAME):
+    with storage_errors("an attempt's directory was not synced", "", fd=attempt_fd):
         for folder in folders:
             fd = os.open(folder, _OPEN_DIRECTORY, dir_fd=attempt_fd)
             try:
@@ -97,7 +99,7 @@ def publish(
     Raises:
         FencedError: A higher term is claimed, or somebody moved the attempt away. Nothing was published.
         StepExistsError: The step stands and may not be replaced. Nothing was published.
-        StorageError: Nothing was published, and what stood stands.
+        StorageError: Nothing was published; what stood stands, or the next claim of the run puts it back.
         CommitUnknownError: The rename was done, its durability is not known.
     """
     name = step_name(step)
@@ -129,7 +131,10 @@ def publish(
             step=step,
             path=f"{run}/{name}",
         )
-    old = to_trash(run_fd, old_name(step, save_id))
+    try:
+        old = to_trash(run_fd, old_name(step, save_id))
+    except OSError:  # the commit stands; the next claim of the run puts the old one away
+        old = None
     return committed, [old] if old else []
 
 
@@ -161,7 +166,7 @@ def _move_in(run_fd: int, attempt: str, *, run: str, step: int, save_id: str, ov
         os.rename(attempt, name, src_dir_fd=run_fd, dst_dir_fd=run_fd)
     except OSError as exc:
         if moved:
-            os.rename(aside, name, src_dir_fd=run_fd, dst_dir_fd=run_fd)
+            _put_back(run_fd, aside, name)
         if exc.errno in (errno.ENOTEMPTY, errno.EEXIST) and not isinstance(exc, StepExistsError):
             raise _exists(run, step) from exc
         if exc.errno == errno.ENOENT:
@@ -174,6 +179,15 @@ def _move_in(run_fd: int, attempt: str, *, run: str, step: int, save_id: str, ov
                 step=step,
             ) from exc
         raise
+
+
+def _put_back(run_fd: int, aside: str, name: str) -> None:
+    """Undo the step aside; where a later try of the same save was faster, its checkpoint stays."""
+    try:
+        os.rename(aside, name, src_dir_fd=run_fd, dst_dir_fd=run_fd)
+    except OSError as exc:
+        if exc.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 def _exists(run: str, step: int) -> StepExistsError:
@@ -213,7 +227,7 @@ def retire(run_fd: int, name: str, *, faults: Faults = NO_FAULTS) -> str | None:
     Raises:
         StorageError: It stands.
     """
-    with storage_errors("a checkpoint was not removed", name):
+    with storage_errors("a checkpoint was not removed", name, fd=run_fd):
         faults.at(FaultPoint.WORKER_PRUNE, name)
         try:
             # For writing, because NFS gives an exclusive lock to no other descriptor; nothing is written.
@@ -221,26 +235,39 @@ def retire(run_fd: int, name: str, *, faults: Faults = NO_FAULTS) -> str | None:
         except FileNotFoundError:
             return to_trash(run_fd, name)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return to_trash(run_fd, name)
-        except BlockingIOError:
-            return None
+            return to_trash(run_fd, name) if _lock_exclusive(fd) else None
         finally:
             os.close(fd)
 
 
-def remove_tree(run_fd: int, name: str) -> bool:
+def _lock_exclusive(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as exc:
+        if exc.errno not in NO_LOCKS:
+            raise
+        # Readers have no lock here either. What they opened they can read to its end; keeping all would fill the disk.
+    return True
+
+
+def remove_tree(run_fd: int, name: str, *, faults: Faults = NO_FAULTS) -> bool:
     """Remove a directory of the run and all in it, without following links; False where it is not there.
 
     Raises:
         StorageError: Some of it stands.
     """
-    try:
-        shutil.rmtree(name, dir_fd=run_fd)
-    except FileNotFoundError:
-        return False
-    except NotADirectoryError:
-        os.unlink(name, dir_fd=run_fd)
-    except OSError as exc:
-        raise storage_error("a directory was not removed", exc, path=name) from exc
-    return True
+    with storage_errors("a directory was not removed", name, fd=run_fd):
+        faults.at(FaultPoint.WORKER_REMOVE, name)
+        for _ in range(_REMOVALS):
+            try:
+                shutil.rmtree(name, dir_fd=run_fd)
+            except FileNotFoundError:  # of the whole, or of a part that somebody else removes at the same time
+                if not os.access(name, os.F_OK, dir_fd=run_fd, follow_symlinks=False):
+                    return False
+                continue
+            except NotADirectoryError:
+                os.unlink(name, dir_fd=run_fd)
+            return True
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))

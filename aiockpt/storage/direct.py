@@ -6,14 +6,14 @@ by one descriptor: after a failed writeback Linux marks the pages clean, and ano
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import threading
 
-from aiockpt.errors import StorageError
 from aiockpt.format.image import ALIGN, round_up
-from aiockpt.storage.failures import storage_error, storage_errors
+from aiockpt.storage.failures import path_of, storage_error, storage_errors
 from aiockpt.storage.faults import NO_FAULTS, FaultPoint, Faults
 from aiockpt.storage.system_calls import direct_alignment, fallocate, start_writeback
 
@@ -53,13 +53,13 @@ class FileWriter:
         Raises:
             StorageError: With needed and free bytes where there is no space.
         """
-        with storage_errors("a file was not created", name):
+        with storage_errors("a file was not created", name, fd=dir_fd):
             fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE, dir_fd=dir_fd)
         try:
-            with storage_errors("a file was not opened for direct I/O", name):
+            with storage_errors("a file was not opened for direct I/O", name, fd=dir_fd):
                 buffered = not set_direct(fd, name, faults)
             # Rounded up, so that the padded tail does not extend the file: such a write would run alone.
-            preallocated = _reserve(fd, name, round_up(nbytes))
+            preallocated = _reserve(fd, round_up(nbytes), faults, name)
         except BaseException:
             os.close(fd)
             raise
@@ -75,7 +75,7 @@ class FileWriter:
         Raises:
             StorageError: The range is undefined then, and the file may not be used.
         """
-        with storage_errors("a write failed", self.name):
+        with storage_errors("a write failed", "", fd=self._fd):
             self._faults.at(FaultPoint.WORKER_BLOCK_WRITE, self.name)
             done, end = 0, len(view)
             while done < end:
@@ -110,7 +110,7 @@ class FileWriter:
             StorageError: The file may not be used, and a second sync proves nothing.
         """
         try:
-            with storage_errors("a file was not synced", self.name):
+            with storage_errors("a file was not synced", "", fd=self._fd):
                 self._faults.at(FaultPoint.WORKER_FILE_SYNC, self.name)
                 os.ftruncate(self._fd, self.nbytes)
                 os.fdatasync(self._fd)
@@ -121,7 +121,9 @@ class FileWriter:
         """Close the file as it is; harmless when it is closed already."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            # What close could report concerns bytes that are durable already, or that nobody will use.
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
 
 def write_small(
@@ -137,7 +139,7 @@ def write_small(
     Raises:
         StorageError: The file may stand with less.
     """
-    with storage_errors("a file was not written", name):
+    with storage_errors("a file was not written", name, fd=dir_fd):
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE, dir_fd=dir_fd)
         try:
             faults.at(point, name)
@@ -190,16 +192,11 @@ def _pwrite(fd: int, view: memoryview, offset: int) -> int:
     return written
 
 
-def _reserve(fd: int, name: str, nbytes: int) -> bool:
+def _reserve(fd: int, nbytes: int, faults: Faults, name: str) -> bool:
     try:
+        faults.at(FaultPoint.WORKER_PREALLOCATE, name)
         return fallocate(fd, nbytes)
     except OSError as exc:
-        raise _no_space(fd, name, nbytes, exc) from exc
-
-
-def _no_space(fd: int, name: str, nbytes: int, exc: OSError) -> StorageError:
-    why = f"it needs {nbytes} bytes"
-    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
         status = os.fstatvfs(fd)
-        why += f", {status.f_bavail * status.f_frsize} are free"
-    return storage_error("a file was not preallocated", exc, path=name, why=why)
+        why = f"the file needs {nbytes} bytes, {status.f_bavail * status.f_frsize} are free"
+        raise storage_error("a file got no space", exc, path=path_of(fd), why=why) from exc

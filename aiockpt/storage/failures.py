@@ -7,10 +7,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from aiockpt.errors import CheckpointError, StorageError
+from aiockpt.errors import CheckpointError, ConfigError, StorageError
 
-__all__ = ["FencedError", "storage_error", "storage_errors"]
+__all__ = ["NO_LOCKS", "FencedError", "path_of", "refused", "storage_error", "storage_errors"]
 
+_ANYTHING = "look at the path and its file system, then try again"
 _NEXT = {
     errno.ENOSPC: "free space on this file system, then save again",
     errno.EDQUOT: "free some of your quota, then save again",
@@ -23,14 +24,30 @@ _NEXT = {
     errno.ENFILE: "the system is out of file handles: end some programs",
     errno.ESTALE: "the server replaced the directory: check the mount, then try again",
     errno.ENOENT: "check that nobody removes files in the run directory",
-    errno.ENOTDIR: "give the path of a directory",
     errno.ENAMETOOLONG: "use a shorter path, or shorter keys at the top of the state",
     errno.ENOLCK: "the file system has no locks: mount it with them (NFS: without nolock), or use another one",
 }
 
 
+NO_LOCKS = frozenset((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP))
+"""With which file systems say that they have no locks."""
+
+
 class FencedError(StorageError):
     """Another writer took the run, or moved this attempt away: nothing of it may be published."""
+
+
+def refused(run: str, why: str, next: str) -> ConfigError:
+    """Return the error for a directory that is no run directory and cannot become one."""
+    return ConfigError(f"{run} cannot be used as a run directory", why=why, next=next, argument="run", path=run)
+
+
+def path_of(fd: int, name: str = "") -> str:
+    """Return the path of an open file or directory, joined with ``name``; for messages."""
+    try:
+        return os.path.join(os.readlink(f"/proc/self/fd/{fd}"), name) if name else os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:  # no /proc, or the descriptor is closed
+        return name
 
 
 def storage_error(what: str, exc: OSError, *, path: str, why: str = "", step: int | None = None) -> StorageError:
@@ -44,11 +61,11 @@ def storage_error(what: str, exc: OSError, *, path: str, why: str = "", step: in
         step: Of the save, where there is one.
     """
     code = exc.errno or errno.EIO
-    text = f"[{errno.errorcode.get(code, code)}] {os.strerror(code)}"
+    text = f"{os.strerror(code)} ({errno.errorcode.get(code, code)})"
     return StorageError(
         f"{what}: {path}",
         why=f"{text}; {why}" if why else text,
-        next=_NEXT.get(code, "look at the path and its file system, then try again"),
+        next=_NEXT.get(code, _ANYTHING),
         errno=code,
         path=path,
         step=step,
@@ -56,11 +73,17 @@ def storage_error(what: str, exc: OSError, *, path: str, why: str = "", step: in
 
 
 @contextmanager
-def storage_errors(what: str, path: str) -> Iterator[None]:
-    """Turn an ``OSError`` of the block into a ``StorageError``; our own errors pass, those that are OSErrors too."""
+def storage_errors(what: str, path: str, *, fd: int | None = None) -> Iterator[None]:
+    """Turn an ``OSError`` of the block into a ``StorageError``; our own errors pass, those that are OSErrors too.
+
+    Args:
+        what: What does not happen then.
+        path: What it is about; with ``fd`` relative to that directory, or empty for that file itself.
+        fd: Asked for its path when the error is made.
+    """
     try:
         yield
     except CheckpointError:
         raise
     except OSError as exc:
-        raise storage_error(what, exc, path=path) from exc
+        raise storage_error(what, exc, path=path if fd is None else path_of(fd, path)) from exc
