@@ -19,7 +19,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
         type(tensor) in PLAIN_TYPES
         and tensor.layout is torch.strided
         and not tensor.is_nested
-        and not tensor.is_meta
+        and (tensor.is_cpu or tensor.is_cuda)
         and not tensor.is_conj()
         and not tensor.is_neg()
         and not tensor._is_zerotensor()
@@ -31,7 +31,8 @@ def resolve(tensor: torch.Tensor, path: Segments) -> torch.Tensor:
     """Return a plain tensor equal to one that ``is_plain`` does not take: a copy for lazy conjugates and negatives.
 
     Raises:
-        UnsupportedValueError: It is sparse, nested, meta, fake, lazy, or of an unknown subclass; names the key.
+        UnsupportedValueError: It is sparse, nested, meta, fake, lazy, of an unknown subclass, or on a device that is
+            neither CPU nor CUDA; names the key.
     """
     why = _why_not(tensor)
     if why:
@@ -57,15 +58,17 @@ def refuse_tensor(tensor: torch.Tensor, path: Segments, why: str) -> Unsupported
 def _why_not(tensor: torch.Tensor) -> str:
     if torch.nn.parameter.is_lazy(tensor):
         return "it is a lazy parameter or buffer without a shape; run one forward pass before the first save"
+    if tensor.is_nested:
+        return "it is a nested tensor"
     if type(tensor) not in PLAIN_TYPES:
         return f"it is an unknown tensor subclass, {type(tensor).__qualname__}: what its memory means is not known"
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return "it lives inside a torch.func transform"
-    if tensor.is_nested:
-        return "it is a nested tensor"
     if tensor.is_meta:
         return "it is a meta tensor, which has no data"
     if tensor.layout is not torch.strided:
         what = "mkldnn" if tensor.is_mkldnn else "sparse"
         return f"it is {what}: its layout is {tensor.layout}, not torch.strided"
+    if not (tensor.is_cpu or tensor.is_cuda):
+        return f"it is on {tensor.device}; only tensors on the CPU and on CUDA devices can be copied"
     return ""

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from aiockpt.errors import UnsupportedValueError
 from aiockpt.format.names import Segments, dotted, file_name, sort_key
-from aiockpt.format.tree import Node, key_text
+from aiockpt.format.tree import Node
 from aiockpt.format.values import FACTORIES, MAX_DEPTH
 from aiockpt.planning.local import Entry
 from aiockpt.state.checks import is_plain, refuse_tensor, resolve
@@ -24,7 +24,7 @@ from aiockpt.state.modules import ModuleItems, config_files, read_module
 from aiockpt.state.objects import is_object, read_object
 from aiockpt.state.optimizers import OptimizerItems, read_optimizer, refuse_sharded, uses_state_dict
 from aiockpt.state.parameters import add_module_names, add_name
-from aiockpt.state.values import blob_tensor, encode_key
+from aiockpt.state.values import blob_tensor, encode_key, is_text, key_segment
 
 __all__ = ["Collected", "Found", "collect"]
 
@@ -73,7 +73,7 @@ class Collected:
     copies: dict[int, object] = field(default_factory=dict)
     """By entry number: the live object where ``tensors`` has a copy of it."""
     objects: list[Found] = field(default_factory=list)
-    """Modules, optimizers and other objects, in the order in which they were met."""
+    """Modules and other objects in the order in which they were met, then optimizers in theirs."""
 
 
 def collect(state: Mapping[Any, Any]) -> Collected:
@@ -112,9 +112,8 @@ class _Collector:
         self._names: dict[int, str] = {}
         self._optimizers: list[tuple[Optimizer, Segments, dict[str, Node]]] = []
         self._seen: dict[Any, int] = {}
-        """Entry number by what makes tensors of one folder equal for ever: memory, dtype, shape, strides."""
-        self._kept: list[Any] = []
-        """State dicts made on the way: addresses and ids in them must not be used again before the end."""
+        """Entry number by what makes tensors of one folder the same: memory, dtype, shape, strides. Addresses are not
+        used again meanwhile, as every entry's tensor is held."""
 
     def finish(self, tree: Node) -> Collected:
         """Read the optimizers and return everything."""
@@ -128,7 +127,7 @@ class _Collector:
         nodes: list[tuple[Any, Node]] = []
         tensor = torch.Tensor
         for key, child in item.items():
-            here = (*path, key) if type(key) is str else (*path, key_segment(key, path))
+            here = (*path, key if is_text(key) else key_segment(key, path))
             if type(child) is tensor and not child.requires_grad:
                 nodes.append((key, self._tensor(child, here)))
                 continue
@@ -150,7 +149,7 @@ class _Collector:
         if kind is dict or kind is OrderedDict or kind is defaultdict:
             if where is _Where.MAPPING:
                 return self.mapping(item, path, depth)
-            segments = [key if type(key) is str else key_segment(key, path) for key in item]
+            segments = [key_segment(key, path) for key in item]
             nodes = self._parts(list(item.values()), segments, path, depth, where)
             return None if nodes is None else mapping_node(item, list(zip(item, nodes, strict=True)), path)
         if kind is list or kind is tuple:
@@ -208,13 +207,13 @@ class _Collector:
         if code is None or code == PACKED_F4:
             form = stored_form(dtype, shape)
             if form is None:
-                raise refuse_tensor(tensor, path, f"no file holds {dtype} of shape {list(shape)}")
+                raise refuse_tensor(tensor, path, f"safetensors has no {dtype} of shape {list(shape)}")
             code, shape, mark = form
             if mark == COMPLEX128:
                 tensor = torch.view_as_real(tensor)
         address = tensor.data_ptr()
         if address and number not in result.copies:
-            memory = (address, code, mark, shape, tensor.stride(), tensor.device, path[0] if len(path) > 1 else None)
+            memory = (address, code, mark, shape, tensor.stride(), path[0] if len(path) > 1 else None)
             known = self._seen.setdefault(memory, number)
             if known != number:
                 if sort_key(path) < sort_key(result.entries[known].segments):
@@ -241,7 +240,6 @@ class _Collector:
         start = time.perf_counter()
         state = read_object(item, path)
         self._note_time(path, time.perf_counter() - start)
-        self._kept.append(state)
         return self._whole(state, path)
 
     def _note_time(self, path: Segments, seconds: float) -> None:
@@ -252,7 +250,6 @@ class _Collector:
         start = time.perf_counter()
         read = read_module(module, path)
         self._note_time(path, time.perf_counter() - start - _SLOW_SECONDS_PER_ITEM * len(read.items))
-        self._kept.append(read)
         self.result.objects.append(Found(path, module, read))
         add_module_names(self._names, read.places, path)
         for name, content in config_files(module).items():
@@ -281,7 +278,7 @@ class _Collector:
             return self._whole(state, path)
         nodes = []
         for key, item in state.items():
-            here = (*path, key) if type(key) is str else (*path, key_segment(key, path))
+            here = (*path, key if is_text(key) else key_segment(key, path))
             nodes.append((key, self._tensor(item, here) if type(item) is torch.Tensor else self._whole(item, here)))
         return mapping_node(state, nodes, path)
 
@@ -304,18 +301,11 @@ def mapping_node(item: Mapping[Any, Any], nodes: list[tuple[Any, Node]], path: S
                     type_name="collections.defaultdict",
                 )
             tag = f"defaultdict:{factory}"
-    if tag == "dict" and all(type(key) is str and _is_text(key) for key, _ in nodes):
-        return dict(nodes)
+    if tag == "dict":
+        plain = dict(nodes)
+        if all(map(is_text, plain)):
+            return plain
     return [tag, [[encode_key(key, path), node] for key, node in nodes]]
-
-
-def key_segment(key: object, path: Segments) -> str:
-    """Return the segment of a key that is no text, as ``format.tree`` names it."""
-    return key_text(encode_key(key, path))
-
-
-def _is_text(key: str) -> bool:
-    return key.isascii() or not any("\ud800" <= character <= "\udfff" for character in key)
 
 
 def _too_deep(item: object, path: Segments) -> UnsupportedValueError:

@@ -15,6 +15,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from aiockpt.errors import UnsupportedValueError
 from aiockpt.format.names import Segments, dotted
+from aiockpt.state.objects import call_state_dict
+from aiockpt.state.values import is_text
 
 __all__ = ["ModuleItems", "Place", "config_files", "places", "raw_state_dict", "read_module", "unwrap"]
 
@@ -143,21 +145,23 @@ def read_module(module: nn.Module, path: Segments = ()) -> ModuleItems:
         path: Where it stands in the state, for errors.
 
     Raises:
-        UnsupportedValueError: A lazy parameter has no shape yet, a module holds itself, or two items have the same
-            name once wrappers are removed.
+        UnsupportedValueError: A lazy parameter has no shape yet, a module holds itself, ``state_dict()`` raised or
+            has keys that are no text, or two items have the same name once wrappers are removed.
     """
     module = unwrap(module)
     all_places = places(module, path)
     _refuse_uninitialized(all_places, path)
     with torch.no_grad():
         # keep_vars: the live tensors, known by identity. An override of the outermost need not take it.
-        arguments: Any = {} if _is_overridden(type(module), "state_dict") else {"keep_vars": True}
-        state = module.state_dict(**arguments)
+        arguments = {} if _is_overridden(type(module), "state_dict") else {"keep_vars": True}
+        state = call_state_dict(module, path, **arguments)
     raw_metadata = getattr(state, "_metadata", None)
     rename = _renamer(all_places)
     items: dict[str, Any] = {}
     raw_names: dict[str, str] = {}
     for raw, item in state.items():
+        if not is_text(raw):
+            raise _no_text(raw, path)
         name = rename(raw)
         if name in items:
             raise _collision(path, name, raw_names[name], raw)
@@ -207,7 +211,7 @@ def config_files(module: nn.Module) -> dict[str, bytes]:
         module = getattr(module, wrapper.attribute)
     files = {}
     for attribute in ("config", "generation_config"):
-        to_json = getattr(module.__dict__.get(attribute), "to_json_string", None)
+        to_json = getattr(getattr(module, attribute, None), "to_json_string", None)
         if callable(to_json) and isinstance(text := to_json(), str):
             files[f"{attribute}.json"] = text.encode()
     return files
@@ -329,6 +333,16 @@ def _holds_itself(module: nn.Module, path: Segments, name: str) -> UnsupportedVa
         next="keep the reference to the outer module out of the module tree, in a list for example",
         key=dotted((*path, name.removesuffix("."))),
         type_name=type(module).__qualname__,
+    )
+
+
+def _no_text(raw: object, path: Segments) -> UnsupportedValueError:
+    return UnsupportedValueError(
+        f"{dotted(path)!r} cannot be saved: its state_dict() has the key {raw!r}",
+        why="a module's items are named by text that UTF-8 can hold",
+        next="use text keys there, or save that part as a dict of its own",
+        key=dotted(path),
+        type_name=type(raw).__qualname__,
     )
 
 

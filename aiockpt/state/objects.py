@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from aiockpt.errors import UnsupportedValueError
 from aiockpt.format.names import Segments, dotted
 
-__all__ = ["is_object", "load_object", "read_object"]
+__all__ = ["call_state_dict", "is_object", "load_object", "read_object"]
 
 
 def is_object(value: object) -> bool:
@@ -32,19 +32,28 @@ def read_object(value: Any, path: Segments) -> Any:
     Raises:
         UnsupportedValueError: ``state_dict()`` raised; the error is its cause.
     """
+    if isinstance(value, GradScaler) and type(value).state_dict is GradScaler.state_dict:
+        return _read_scaler(value)
+    state = call_state_dict(value, path)
+    return _without_functions(state) if isinstance(value, LRScheduler) and isinstance(state, dict) else state
+
+
+def call_state_dict(value: Any, path: Segments, **arguments: Any) -> Any:
+    """Call ``value.state_dict(**arguments)``, which is the user's code.
+
+    Raises:
+        UnsupportedValueError: It raised; the error is its cause.
+    """
     try:
-        if isinstance(value, GradScaler) and type(value).state_dict is GradScaler.state_dict:
-            return _read_scaler(value)
-        state = value.state_dict()
+        return value.state_dict(**arguments)
     except Exception as exc:
         raise UnsupportedValueError(
             f"{dotted(path)!r} cannot be saved: its state_dict() raised {type(exc).__name__}: {exc}",
-            why="a checkpoint asks the object for its state",
-            next="see the error below it",
+            why="a checkpoint asks each object for its state",
+            next="mend what the error above names, or leave the object out of the state",
             key=dotted(path),
             type_name=type(value).__qualname__,
         ) from exc
-    return _without_functions(state) if isinstance(value, LRScheduler) else state
 
 
 def load_object(value: Any, state: Any) -> None:

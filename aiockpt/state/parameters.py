@@ -11,6 +11,7 @@ from torch import nn
 from aiockpt.format.names import Segments, dotted
 from aiockpt.format.values import MAX_DEPTH
 from aiockpt.state.modules import Place, places, unwrap
+from aiockpt.state.values import key_segment
 
 __all__ = ["add_module_names", "add_name", "parameter_names"]
 
@@ -20,6 +21,9 @@ def parameter_names(state: Mapping[Any, Any]) -> dict[int, str]:
 
     Parameters of modules, and leaf tensors with ``requires_grad`` that stand in the state as they are. One with
     several names has the first in sorted order: ``model.layers.0.weight``. The ids are valid while the state lives.
+
+    Raises:
+        UnsupportedValueError: A mapping has a key that no checkpoint keeps, or a module holds itself.
     """
     names: dict[int, str] = {}
 
@@ -30,7 +34,7 @@ def parameter_names(state: Mapping[Any, Any]) -> dict[int, str]:
             add_name(names, item, dotted(path))
         elif isinstance(item, Mapping) and depth < MAX_DEPTH:
             for key, child in item.items():
-                visit(child, (*path, str(key)), depth + 1)
+                visit(child, (*path, key_segment(key, path)), depth + 1)
         elif type(item) in (list, tuple) and depth < MAX_DEPTH:
             for index, child in enumerate(item):
                 visit(child, (*path, str(index)), depth + 1)

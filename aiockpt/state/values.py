@@ -13,7 +13,7 @@ import torch
 
 from aiockpt.errors import UnsupportedValueError
 from aiockpt.format.names import Segments, dotted
-from aiockpt.format.tree import Node
+from aiockpt.format.tree import Node, key_text
 from aiockpt.format.values import decode_value, encode_value
 
 __all__ = [
@@ -26,6 +26,8 @@ __all__ = [
     "encode_key",
     "encode_metadata",
     "encode_values",
+    "is_text",
+    "key_segment",
 ]
 
 MAX_VALUES_NBYTES = 8 << 20
@@ -68,6 +70,20 @@ def encode_metadata(metadata: object) -> bytes:
         UnsupportedValueError: As ``encode_values``; tensors are refused.
     """
     return encode_values([(("metadata",), metadata)])[1:-1]
+
+
+def is_text(key: object) -> bool:
+    """Tell whether a mapping's key is text that stands in JSON as it is: no lone surrogates, no subclass."""
+    return type(key) is str and (key.isascii() or not any("\ud800" <= character <= "\udfff" for character in key))
+
+
+def key_segment(key: object, path: Segments) -> str:
+    """Return the segment that a mapping's key is in the names below it, as ``format.tree`` has it.
+
+    Raises:
+        UnsupportedValueError: As ``encode_key``.
+    """
+    return str(key) if is_text(key) else key_text(encode_key(key, path))
 
 
 def encode_key(key: object, path: Segments) -> Any:
@@ -128,22 +144,17 @@ def blob_value(node: Node, tensor: torch.Tensor) -> object:
     Raises:
         ValueError: The node's parts do not fit the tensor.
     """
+    raw = tensor.dtype is torch.uint8 and tensor.dim() == 1
     match node:
-        case ["bytes", _]:
+        case ["bytes", _] if raw:
             return tensor.numpy().tobytes()
-        case ["BytesIO", _, int() as position]:
+        case ["BytesIO", _, int() as position] if raw and position >= 0:
             stream = BytesIO(tensor.numpy().tobytes())
             stream.seek(position)
             return stream
         case ["ndarray", _, str() as code]:
-            import numpy as np
-
-            dtype = np.dtype(code)
-            array = tensor.numpy()
-            if array.dtype != dtype:
-                array = np.ascontiguousarray(array).view(dtype)[..., 0]
-            return array.copy()
-    raise ValueError(f"{node!r:.60} is no node of a value that is stored as a tensor")
+            return _array_value(code, tensor)
+    raise ValueError(f"{node!r:.60} is no node of a value that is stored as a {tensor.dtype} tensor")
 
 
 def _array_tensor(numpy: Any, array: Any, path: Segments) -> tuple[Node, torch.Tensor]:
@@ -160,10 +171,32 @@ def _array_tensor(numpy: Any, array: Any, path: Segments) -> tuple[Node, torch.T
         array = numpy.array(array, order="C")  # torch takes neither
     try:
         tensor = torch.from_numpy(array)
-    except TypeError:  # text, dates, long doubles, foreign byte order: as bytes, one dimension more
+    except (TypeError, ValueError):  # text, dates, long doubles, foreign byte order: as bytes, one dimension more
         raw = numpy.ascontiguousarray(array).reshape(array.shape)
         tensor = torch.from_numpy(raw[..., None].view(numpy.uint8))
     return ["ndarray", 0, dtype.str], tensor
+
+
+def _array_value(code: str, tensor: torch.Tensor) -> object:
+    import numpy as np
+
+    try:
+        dtype = np.dtype(code)
+        array = tensor.numpy()
+        if array.dtype != dtype:
+            if array.dtype != np.uint8 or dtype.hasobject or dtype.kind == "V":
+                raise ValueError(f"a {tensor.dtype} tensor holds no {dtype}")
+            array = np.ascontiguousarray(array).view(dtype)[..., 0]
+        return array.copy()
+    except (TypeError, IndexError) as exc:
+        raise ValueError(f"a {tensor.dtype} tensor holds no {code!r:.40}: {exc}") from exc
+
+
+def _decode_device(json: Any) -> torch.device:
+    try:
+        return torch.device(json)
+    except RuntimeError as exc:
+        raise ValueError(str(exc)) from exc
 
 
 def _encode_more(value: object) -> tuple[str, Any] | None:
@@ -193,6 +226,6 @@ def _decode_numpy(json: Any) -> Any:
 _DECODERS: dict[str, Callable[[Any], Any]] = {
     "Size": torch.Size,
     "dtype": lambda json: _DTYPE_NAMES[json],
-    "device": torch.device,
+    "device": _decode_device,
     "numpy": _decode_numpy,
 }
