@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 
@@ -202,17 +203,27 @@ class RunClaim:
         self.trash.append(trash)
         return True
 
-    def mark_bad(self, committed: Committed, why: str) -> str:
-        """Rename a checkpoint that was found bad; returns its new path.
+    def mark_bad(self, checkpoint: Committed | Unreadable, why: str) -> str:
+        """Rename a checkpoint that was found bad, so that nobody takes it for one; it is kept until it is removed.
+
+        Args:
+            checkpoint: One of ``checkpoints`` or ``bad``; it leaves these lists.
+            why: For the log.
+
+        Returns:
+            Its new path.
 
         Raises:
-            StorageError: It stands under its old name.
+            StorageError: It stands under its old name, or is gone.
         """
-        name = bad_name(committed.step, committed.save_id)
-        with storage_errors("a bad checkpoint was not renamed", committed.path):
-            os.rename(os.path.basename(committed.path), name, src_dir_fd=self._run_fd, dst_dir_fd=self._run_fd)
+        own_id = checkpoint.save_id if isinstance(checkpoint, Committed) else str(uuid.uuid4())
+        name = bad_name(checkpoint.step, own_id)
+        with storage_errors("a bad checkpoint was not renamed", checkpoint.path):
+            os.rename(os.path.basename(checkpoint.path), name, src_dir_fd=self._run_fd, dst_dir_fd=self._run_fd)
             sync_dir(self._run_fd)
-        _log.warning("step %d is bad and was renamed to %s: %s", committed.step, name, why)
+        self.checkpoints = [known for known in self.checkpoints if known.path != checkpoint.path]
+        self.bad = [known for known in self.bad if known.path != checkpoint.path]
+        _log.warning("step %d is damaged, it was renamed to %s: %s", checkpoint.step, name, why)
         return f"{self.run}/{name}"
 
     def release(self) -> None:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from aiockpt.errors import CheckpointError
-from aiockpt.storage.readers import AlignedBuffer, FileReader, OpenCheckpoint, open_checkpoint
+from aiockpt.format.image import BLOCK_NBYTES
+from aiockpt.storage.faults import NO_FAULTS, Faults
+from aiockpt.storage.readers import AlignedBuffer, FileReader, open_checkpoint
 
 __all__ = ["verify_checkpoint"]
 
 
-def verify_checkpoint(path: str, *, on_progress: Callable[[int], None] | None = None, threads: int = 4) -> int:
+def verify_checkpoint(
+    path: str, *, on_progress: Callable[[int], None] | None = None, threads: int = 4, faults: Faults = NO_FAULTS
+) -> int:
     """Read every byte of a checkpoint and compare all checksums.
 
     Args:
         path: Of one step's directory.
-        on_progress: Called with the bytes read since the last call, from one thread at a time.
-        threads: That read at once.
+        on_progress: Called with the bytes read since the last call, from one thread at a time, not always the same.
+        threads: That read at once; each has a buffer of one block.
+        faults: Fault layer.
 
     Returns:
         Bytes read, the manifest aside.
@@ -27,56 +32,65 @@ def verify_checkpoint(path: str, *, on_progress: Callable[[int], None] | None = 
         CheckpointCorruptError: The first bad place, in the order of the manifest.
         CheckpointError: As ``open_checkpoint``.
     """
-    with open_checkpoint(path) as checkpoint:
-        run = _Run(checkpoint, on_progress)
-        with ThreadPoolExecutor(threads, thread_name_prefix="aiockpt-verify") as pool:
-            for future in [pool.submit(run.work) for _ in range(threads)]:
-                future.result()
-        if run.failures:
-            raise run.failures[min(run.failures)]
-        return run.nbytes
+    with (
+        open_checkpoint(path, faults=faults) as checkpoint,
+        ThreadPoolExecutor(threads, thread_name_prefix="aiockpt-verify") as pool,
+    ):
+        for index in range(len(checkpoint.manifest.files)):
+            work = _FileWork(checkpoint.file(index), on_progress)
+            try:
+                for future in [pool.submit(work.run) for _ in range(min(threads, work.count))]:
+                    future.result()
+            finally:
+                work.stopped = True  # Ctrl-C ends the threads after their block
+            if work.failures:
+                raise work.failures[min(work.failures)]
+            checkpoint.close_file(index)
+        return sum(record.nbytes for record in checkpoint.manifest.files)
 
 
-class _Run:
-    def __init__(self, checkpoint: OpenCheckpoint, on_progress: Callable[[int], None] | None) -> None:
-        self.nbytes = 0
-        self.failures: dict[tuple[int, int], CheckpointError] = {}
-        self._checkpoint = checkpoint
+class _FileWork:
+    """The blocks of one file, shared by the threads that take them in turn."""
+
+    def __init__(self, reader: FileReader, on_progress: Callable[[int], None] | None) -> None:
+        self.count = 1
+        self.stopped = False
+        self.failures: dict[int, CheckpointError] = {}
+        self._reader = reader
         self._on_progress = on_progress
         self._lock = threading.Lock()
-        self._places = self._walk()
+        self._next = 0
+        if reader.record.data_start:
+            reader.header()
+            self.count = reader.block_count
+            self._advance(reader.record.data_start)
 
-    def _walk(self) -> Iterator[tuple[int, int, FileReader]]:
-        """Yield (file, block): block -1 is the header, or a plain file."""
-        for index, record in enumerate(self._checkpoint.manifest.files):
-            reader = self._checkpoint.file(index)
-            yield index, -1, reader
-            if record.data_start:
-                for block in range(reader.block_count):
-                    yield index, block, reader
-
-    def work(self) -> None:
-        buffer = AlignedBuffer(0)
-        while True:
-            with self._lock:
-                place = None if self.failures else next(self._places, None)
-            if place is None:
-                return
-            index, block, reader = place
+    def run(self) -> None:
+        reader = self._reader
+        buffer = AlignedBuffer(min(reader.nbytes, reader.block_nbytes if reader.record.data_start else BLOCK_NBYTES))
+        while (index := self._take()) is not None:
             try:
-                if block < 0:
-                    count = len(reader.content()) if not reader.record.data_start else reader.header().data_start
-                else:
-                    start, stop = reader.block_range(block)
-                    count = stop - start
-                    if buffer.nbytes < count:
-                        buffer = AlignedBuffer(count)
-                    reader.read_block(block, buffer)
+                self._check(index, buffer)
             except CheckpointError as exc:
                 with self._lock:
-                    self.failures[index, block] = exc
-                return
+                    self.failures[index] = exc
+                    self.stopped = True
+
+    def _take(self) -> int | None:
+        with self._lock:
+            if self.stopped or self._next == self.count:
+                return None
+            self._next += 1
+            return self._next - 1
+
+    def _check(self, index: int, buffer: AlignedBuffer) -> None:
+        if self._reader.record.data_start:
+            self._advance(len(self._reader.read_block(index, buffer)))
+        else:
+            self._reader.check_content(buffer)
+            self._advance(self._reader.nbytes)
+
+    def _advance(self, nbytes: int) -> None:
+        if self._on_progress is not None:
             with self._lock:
-                self.nbytes += count
-                if self._on_progress is not None:
-                    self._on_progress(count)
+                self._on_progress(nbytes)
