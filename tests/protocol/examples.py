@@ -1,0 +1,98 @@
+"""One message of every kind with every field filled, and the barest of those that have optional fields."""
+
+from __future__ import annotations
+
+from aiockpt.protocol.messages import (
+    Adopt,
+    Beat,
+    BeginSave,
+    Cancel,
+    Close,
+    Closed,
+    Committed,
+    EndStaging,
+    Failed,
+    FileImage,
+    Hello,
+    Message,
+    Progress,
+    Ready,
+    Reserve,
+    Reserved,
+    Setup,
+    SlotFree,
+    Staged,
+    WireError,
+)
+
+SAVE_ID = "0b6f1c9e-5d2a-4f7e-9c1b-3a8d7e6f5c4b"
+ERROR = WireError(
+    kind="storage",
+    what="step 1200 was not saved",
+    why="No space left on device",
+    next="free some space",
+    errno=28,
+    path="/runs/exp1/.step-1200",
+    traceback="Traceback …",
+)
+IMAGE = FileImage(
+    path="model/model-00001-of-00001.safetensors", offset=4096, nbytes=5_000_000_000, data_start=8192, sums_at=60
+)
+
+EXAMPLES: dict[str, Message] = {
+    "hello": Hello(
+        magic="aiockpt",
+        protocol=1,
+        package="0.1.0",
+        path="/site-packages/aiockpt",
+        setup=Setup(run="/runs/exp1", term=7, linger_timeout=60.0, beat_interval=0.5),
+    ),
+    "hello-bare": Hello(magic="aiockpt", protocol=1, package="0.1.0", path="/site-packages/aiockpt"),
+    "hello-endless": Hello(
+        magic="aiockpt",
+        protocol=1,
+        package="0.1.0",
+        path="p",
+        setup=Setup(run="/runs/ü", term=0, linger_timeout=None, beat_interval=0.5),
+    ),
+    "reserve": Reserve(nbytes=2_147_483_648, capacity=4_294_967_296),
+    "reserve-bare": Reserve(nbytes=0),
+    "adopt": Adopt(nbytes=2_147_483_648),
+    "begin": BeginSave(
+        save_id=SAVE_ID,
+        step=1200,
+        attempt=1,
+        ordinal=13,
+        overwrite=True,
+        files=[IMAGE],
+        plan_offset=5_000_008_192,
+        plan_nbytes=77,
+        prune=["step-100", "step-200"],
+    ),
+    "begin-bare": BeginSave(
+        save_id=SAVE_ID, step=0, attempt=0, ordinal=0, overwrite=False, files=[], plan_offset=0, plan_nbytes=2
+    ),
+    "staged": Staged(save_id=SAVE_ID, file=0, upto=16_777_216),
+    "end": EndStaging(save_id=SAVE_ID, values=b'[1,{"~tuple":[2]}]', metadata=b"null"),
+    "cancel": Cancel(save_id=SAVE_ID),
+    "close": Close(),
+    "ready": Ready(pid=4711),
+    "ready-error": Ready(pid=4711, error=WireError(kind="config", what="no")),
+    "reserved": Reserved(nbytes=2_147_483_648, fds=1),
+    "reserved-error": Reserved(nbytes=0, error=ERROR),
+    "progress": Progress(save_id=SAVE_ID, written=33_554_432, state="staged"),
+    "progress-bare": Progress(save_id=SAVE_ID, written=0),
+    "committed": Committed(
+        save_id=SAVE_ID,
+        path="/runs/exp1/step-1200",
+        nbytes=5_000_000_000,
+        timings={"write": 2.25, "buffered": 1.0},
+        pruned=["step-100"],
+    ),
+    "committed-bare": Committed(save_id=SAVE_ID, path="/runs/exp1/step-1200", nbytes=0, timings={}),
+    "failed": Failed(save_id=SAVE_ID, error=ERROR),
+    "free": SlotFree(save_id=SAVE_ID),
+    "beat": Beat(moved=42, busy="fdatasync model/model-00001-of-00001.safetensors"),
+    "beat-bare": Beat(moved=0),
+    "closed": Closed(),
+}
