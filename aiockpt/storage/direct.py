@@ -76,21 +76,17 @@ class FileWriter:
             StorageError: The range is undefined then, and the file may not be used.
         """
         with storage_errors("a write failed", "", fd=self._fd):
-            self._faults.at(FaultPoint.WORKER_BLOCK_WRITE, self.name)
-            done, end = 0, len(view)
-            while done < end:
-                want = self._faults.clip(self.name, offset + done, end - done)
-                torn = want < end - done
-                done += self._write_some(view[done : done + want], offset + done)
-                if torn:
-                    self._faults.at(FaultPoint.WORKER_TORN, self.name)
+            done = 0
+            while done < len(view):
+                done += self._write_some(view[done:], offset + done)
             if self.buffered:
-                start_writeback(self._fd, offset, end)
+                start_writeback(self._fd, offset, done)
 
     def _write_some(self, view: memoryview, offset: int) -> int:
         direct = not self.buffered
         try:
-            return _pwrite(self._fd, view, offset)
+            self._faults.at(FaultPoint.WORKER_BLOCK_WRITE, self.name)
+            return _write_clipped(self._fd, view, offset, self.name, self._faults)
         except OSError as exc:
             if exc.errno != errno.EINVAL or not direct:
                 raise
@@ -145,11 +141,7 @@ def write_small(
             faults.at(point, name)
             view, done = memoryview(data), 0
             while done < len(data):
-                want = faults.clip(name, done, len(data) - done)
-                torn = want < len(data) - done
-                done += _pwrite(fd, view[done : done + want], done)
-                if torn:
-                    faults.at(FaultPoint.WORKER_TORN, name)
+                done += _write_clipped(fd, view[done:], done, name, faults)
             os.fdatasync(fd)
         finally:
             os.close(fd)
@@ -185,6 +177,14 @@ def set_direct(fd: int, name: str = "", faults: Faults = NO_FAULTS) -> bool:
     return True
 
 
+def _write_clipped(fd: int, view: memoryview, offset: int, name: str, faults: Faults) -> int:
+    want = faults.clip(name, offset, len(view))
+    written = _pwrite(fd, view[:want], offset)
+    if want < len(view):
+        faults.at(FaultPoint.WORKER_TORN, name)
+    return written
+
+
 def _pwrite(fd: int, view: memoryview, offset: int) -> int:
     written = os.pwrite(fd, view, offset)
     if not written and len(view):
@@ -195,8 +195,11 @@ def _pwrite(fd: int, view: memoryview, offset: int) -> int:
 def _reserve(fd: int, nbytes: int, faults: Faults, name: str) -> bool:
     try:
         faults.at(FaultPoint.WORKER_PREALLOCATE, name)
-        return fallocate(fd, nbytes)
+        fallocate(fd, nbytes)
     except OSError as exc:
+        if exc.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+            return False
         status = os.fstatvfs(fd)
         why = f"the file needs {nbytes} bytes, {status.f_bavail * status.f_frsize} are free"
         raise storage_error("a file got no space", exc, path=path_of(fd), why=why) from exc
+    return True

@@ -36,24 +36,15 @@ def _raise_errno() -> None:
     raise OSError(code, os.strerror(code))
 
 
-def fallocate(fd: int, nbytes: int) -> bool:
-    """Reserve the first ``nbytes`` of a file, which grows to that size.
-
-    Returns:
-        Whether it was done; False where the file system or the kernel has no such call.
+def fallocate(fd: int, nbytes: int) -> None:
+    """Reserve the first ``nbytes`` of a file, which grows to that size; nothing happens for 0.
 
     Raises:
-        OSError: ENOSPC, EDQUOT, EFBIG, EIO.
+        OSError: ENOSPC, EDQUOT, EFBIG, EIO; EOPNOTSUPP or ENOSYS where there is no such call.
     """
-    if not nbytes:
-        return True
-    while _libc.fallocate(ctypes.c_int(fd), ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(nbytes)):
-        code = ctypes.get_errno()
-        if code in (errno.ENOSYS, errno.EOPNOTSUPP):
-            return False
-        if code != errno.EINTR:
+    while nbytes and _libc.fallocate(ctypes.c_int(fd), ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(nbytes)):
+        if ctypes.get_errno() != errno.EINTR:
             _raise_errno()
-    return True
 
 
 def direct_alignment(fd: int) -> int:
