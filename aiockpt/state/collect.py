@@ -24,7 +24,7 @@ from aiockpt.state.modules import ModuleItems, config_files, read_module
 from aiockpt.state.objects import is_object, read_object
 from aiockpt.state.optimizers import OptimizerItems, read_optimizer, refuse_sharded, uses_state_dict
 from aiockpt.state.parameters import add_module_names, add_name
-from aiockpt.state.values import blob_tensor, encode_key, is_text, key_segment
+from aiockpt.state.values import blob_tensor, encode_key, is_text, key_segment, too_deep
 
 __all__ = ["Collected", "Found", "collect"]
 
@@ -101,7 +101,10 @@ def collect(state: Mapping[Any, Any]) -> Collected:
             type_name=type(state).__qualname__,
         )
     collector = _Collector()
-    return collector.finish(collector.mapping(state, (), 0))
+    try:
+        return collector.finish(collector.mapping(state, (), 0))
+    except RecursionError as exc:
+        raise too_deep(state, ()) from exc
 
 
 class _Collector:
@@ -145,7 +148,7 @@ class _Collector:
                 add_name(self._names, item, dotted(path))
             return self._tensor(item, path)
         if depth > MAX_DEPTH:
-            raise _too_deep(item, path)
+            raise too_deep(item, path)
         if kind is dict or kind is OrderedDict or kind is defaultdict:
             if where is _Where.MAPPING:
                 return self.mapping(item, path, depth)
@@ -212,6 +215,8 @@ class _Collector:
             if mark == COMPLEX128:
                 tensor = torch.view_as_real(tensor)
         address = tensor.data_ptr()
+        if not address and tensor.numel():
+            raise refuse_tensor(tensor, path, "its memory was freed: its storage has been resized to 0")
         if address and number not in result.copies:
             memory = (address, code, mark, shape, tensor.stride(), path[0] if len(path) > 1 else None)
             known = self._seen.setdefault(memory, number)
@@ -306,13 +311,3 @@ def mapping_node(item: Mapping[Any, Any], nodes: list[tuple[Any, Node]], path: S
         if all(map(is_text, plain)):
             return plain
     return [tag, [[encode_key(key, path), node] for key, node in nodes]]
-
-
-def _too_deep(item: object, path: Segments) -> UnsupportedValueError:
-    return UnsupportedValueError(
-        f"{dotted(path[:8])!r}… cannot be saved: it is nested deeper than {MAX_DEPTH}",
-        why="a container that holds itself has no end",
-        next="take the reference to the outer container out of the inner one",
-        key=dotted(path[:8]),
-        type_name=type(item).__qualname__,
-    )

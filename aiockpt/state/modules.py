@@ -31,21 +31,20 @@ class _Wrapper(NamedTuple):
     """Whether keys of ``state_dict()`` have the segment; some wrappers cut it off in a hook."""
 
 
+_FSDP1 = _Wrapper(
+    "torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel", "_fsdp_wrapped_module", False
+)
 _WRAPPERS = (
     _Wrapper("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod", True),
     _Wrapper("torch.nn.parallel.distributed", "DistributedDataParallel", "module", True),
+    _Wrapper("torch.nn.parallel.data_parallel", "DataParallel", "module", True),
     _Wrapper(
         "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
         "ActivationWrapper",
         "_checkpoint_wrapped_module",
         False,
     ),
-    _Wrapper(
-        "torch.distributed.fsdp.fully_sharded_data_parallel",
-        "FullyShardedDataParallel",
-        "_fsdp_wrapped_module",
-        False,
-    ),
+    _FSDP1,
 )
 
 
@@ -111,7 +110,7 @@ def places(module: nn.Module, path: Segments = ()) -> list[Place]:
         path: Where it stands in the state, for the error.
 
     Raises:
-        UnsupportedValueError: A module holds itself.
+        UnsupportedValueError: A module holds itself, or is sharded over ranks by FSDP1.
     """
     found: list[Place] = []
     kinds = _wrapper_types()
@@ -128,6 +127,8 @@ def places(module: nn.Module, path: Segments = ()) -> list[Place]:
                 if child is not None:
                     visit(child, f"{raw}{child_name}.", f"{name}{child_name}.", f"{here}{child_name}.", ())
         else:
+            if wrapper is _FSDP1 and getattr(module, "world_size", 1) > 1:
+                raise _sharded(path, name)
             segment = f"{wrapper.attribute}."
             inner = raw + segment if wrapper.keeps_segment else raw
             visit(getattr(module, wrapper.attribute), inner, name, here + segment, (*around, here))
@@ -333,6 +334,17 @@ def _holds_itself(module: nn.Module, path: Segments, name: str) -> UnsupportedVa
         next="keep the reference to the outer module out of the module tree, in a list for example",
         key=dotted((*path, name.removesuffix("."))),
         type_name=type(module).__qualname__,
+    )
+
+
+def _sharded(path: Segments, name: str) -> UnsupportedValueError:
+    key = dotted((*path, name.removesuffix("."))) if name else dotted(path)
+    return UnsupportedValueError(
+        f"{key!r} cannot be saved: a FullyShardedDataParallel module on more than one rank",
+        why="its parameters are cut over the ranks, and its state_dict() is a collective",
+        next="save an unsharded model",
+        key=key,
+        type_name="FullyShardedDataParallel",
     )
 
 

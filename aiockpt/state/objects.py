@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from aiockpt.errors import UnsupportedValueError
 from aiockpt.format.names import Segments, dotted
 
 __all__ = ["call_state_dict", "is_object", "load_object", "read_object"]
+
+
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
 
 def is_object(value: object) -> bool:
@@ -85,5 +89,5 @@ def _without_functions(state: dict[str, Any]) -> dict[str, Any]:
         if key == "_schedulers" and isinstance(value, list)
         else value
         for key, value in state.items()
-        if not callable(value)
+        if not isinstance(value, _FUNCTIONS)
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import ctypes
 import sys
 from collections.abc import Callable, Sequence
 from io import BytesIO
@@ -14,7 +15,7 @@ import torch
 from aiockpt.errors import UnsupportedValueError
 from aiockpt.format.names import Segments, dotted
 from aiockpt.format.tree import Node, key_text
-from aiockpt.format.values import decode_value, encode_value
+from aiockpt.format.values import MAX_DEPTH, decode_value, encode_value
 
 __all__ = [
     "MAX_INLINE_BYTES",
@@ -28,6 +29,7 @@ __all__ = [
     "encode_values",
     "is_text",
     "key_segment",
+    "too_deep",
 ]
 
 MAX_VALUES_NBYTES = 8 << 20
@@ -35,6 +37,8 @@ MAX_VALUES_NBYTES = 8 << 20
 MAX_INLINE_BYTES = 4 << 10
 """Longer ``bytes`` and ``BytesIO`` are stored as tensors: base64 in the manifest is for small things."""
 
+_NAMED_SEGMENTS = 8
+"""Of the path to a container that has no end."""
 _DTYPE_NAMES = {
     name: dtype for name, dtype in sorted(vars(torch).items()) if isinstance(dtype, torch.dtype)
 }  # by every name that torch has for it; a dtype's own name is behind the dot of its repr
@@ -47,7 +51,7 @@ def encode_values(values: Sequence[tuple[Segments, object]]) -> bytes:
         UnsupportedValueError: A value has a type that no checkpoint keeps, or all together take more than 8 MiB; names
             the largest.
     """
-    encoded = [encode_value(value, key=path, more=_encode_more) for path, value in values]
+    encoded = [_encode(value, path) for path, value in values]
     text = msgspec.json.encode(encoded)
     if len(text) > MAX_VALUES_NBYTES:
         sizes = [len(msgspec.json.encode(item)) for item in encoded]
@@ -61,6 +65,25 @@ def encode_values(values: Sequence[tuple[Segments, object]]) -> bytes:
             type_name=type(values[largest][1]).__qualname__,
         )
     return text
+
+
+def _encode(value: object, path: Segments) -> Any:
+    try:
+        return encode_value(value, key=path, more=_encode_more)
+    except RecursionError as exc:
+        raise too_deep(value, path) from exc
+
+
+def too_deep(value: object, path: Segments) -> UnsupportedValueError:
+    """Return the error for a container that has no end, or is too deep for the stack."""
+    key = dotted(path[:_NAMED_SEGMENTS])
+    return UnsupportedValueError(
+        f"{key!r}{'…' * (len(path) > _NAMED_SEGMENTS)} cannot be saved: it is nested deeper than {MAX_DEPTH}",
+        why="or it holds itself, and has no end",
+        next="take the reference to the outer container out of the inner one",
+        key=key,
+        type_name=type(value).__qualname__,
+    )
 
 
 def encode_metadata(metadata: object) -> bytes:
@@ -139,17 +162,18 @@ def blob_tensor(value: object, path: Segments) -> tuple[Node, torch.Tensor] | No
 
 
 def blob_value(node: Node, tensor: torch.Tensor) -> object:
-    """Return the value that ``blob_tensor`` made ``node`` and ``tensor`` (on the CPU, contiguous) of; it is fresh.
+    """Return the value that ``blob_tensor`` made ``node`` and ``tensor`` (on the CPU) of; it is fresh.
 
     Raises:
         ValueError: The node's parts do not fit the tensor.
     """
+    tensor = tensor.contiguous()
     raw = tensor.dtype is torch.uint8 and tensor.dim() == 1
     match node:
         case ["bytes", _] if raw:
-            return tensor.numpy().tobytes()
+            return _bytes_of(tensor)
         case ["BytesIO", _, int() as position] if raw and position >= 0:
-            stream = BytesIO(tensor.numpy().tobytes())
+            stream = BytesIO(_bytes_of(tensor))
             stream.seek(position)
             return stream
         case ["ndarray", _, str() as code]:
@@ -175,6 +199,10 @@ def _array_tensor(numpy: Any, array: Any, path: Segments) -> tuple[Node, torch.T
         raw = numpy.ascontiguousarray(array).reshape(array.shape)
         tensor = torch.from_numpy(raw[..., None].view(numpy.uint8))
     return ["ndarray", 0, dtype.str], tensor
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    return ctypes.string_at(tensor.data_ptr(), tensor.numel())  # Tensor.numpy() needs numpy, which we do not
 
 
 def _array_value(code: str, tensor: torch.Tensor) -> object:

@@ -92,6 +92,7 @@ WRAPPED = {
     "compiled inside": _compiled_inside,
     "checkpointed inside": _checkpointed_inside,
     "both inside": _both_inside,
+    "data parallel": lambda: nn.DataParallel(net()),
     "ddp": lambda: DistributedDataParallel(net()),
     "compiled ddp of both": lambda: compiled(DistributedDataParallel(_both_inside())),
     "ddp of compiled": lambda: DistributedDataParallel(compiled(net())),
@@ -152,6 +153,19 @@ def test_a_fully_sharded_module_of_one_rank_is_read_whole(process_group: None):
         assert read.needs_load_state_dict
         back = live.state_dict()
         assert all(same(back[name], item) for name, item in saved.state_dict().items())
+
+
+def test_a_fully_sharded_module_of_many_ranks_is_refused(process_group: None):
+    """Its ``state_dict()`` would be a collective."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(FullyShardedDataParallel(nn.Linear(1, 1), device_id=torch.device("cpu")))
+        model[0].world_size = 2
+        with pytest.raises(UnsupportedValueError, match="FullyShardedDataParallel") as caught:
+            collect({"m": model})
+    assert caught.value.key == "m.0"
 
 
 def test_only_types_make_a_wrapper():

@@ -169,6 +169,14 @@ def test_an_inference_tensor_is_taken():
     assert same(round_trip({"x": live})["x"], torch.ones(3))
 
 
+def test_a_tensor_whose_memory_was_freed_is_refused():
+    """A storage of size 0 under a shape that is not empty must never be read."""
+    live = torch.ones(3)
+    live.untyped_storage().resize_(0)
+    with pytest.raises(UnsupportedValueError, match="memory was freed"):
+        collect({"x": live})
+
+
 def test_equal_views_of_one_folder_are_one_entry():
     """Tied tensors are stored once in a folder, under the first of their names, and stand at both places."""
     live = torch.arange(6.0).reshape(2, 3)
