@@ -1,0 +1,228 @@
+"""A decoded manifest as matching and building need it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from aiockpt.errors import CheckpointCorruptError
+from aiockpt.format.dtypes import nbytes_of
+from aiockpt.format.image import Header
+from aiockpt.format.manifest import Manifest
+from aiockpt.format.names import Segments, dotted
+from aiockpt.format.tree import Node, is_blob, key_text, value_number, walk
+from aiockpt.format.values import FACTORIES
+from aiockpt.state.dtypes import COMPLEX128, PACKED_F4, live_form
+from aiockpt.state.values import blob_value, decode_all, decode_key
+
+__all__ = ["CheckpointView", "Child"]
+
+_MAX_NUMEL = 1 << 56
+_MAPPINGS = {"dict", "OrderedDict", "defaultdict", *(f"defaultdict:{name}" for name in FACTORIES)}
+
+
+class Child(NamedTuple):
+    """A part of a container."""
+
+    key: Any
+    """As it stands in the tree: text, or an encoded key."""
+    segment: str
+    node: Node
+
+
+class CheckpointView:
+    """Answers what stands where in a checkpoint; decodes each value once, when it is asked for.
+
+    Args:
+        manifest: Decoded, with columns and numbers that fit each other.
+        file: Path of the manifest, for errors.
+
+    Raises:
+        CheckpointCorruptError: An entry has a form that no tensor has, or is larger than its file.
+    """
+
+    def __init__(self, manifest: Manifest, file: str) -> None:
+        self.manifest = manifest
+        self.file = file
+        plan = manifest.plan
+        self._forms = [self._form(code, tuple(shape), mark) for code, shape, mark in plan.classes]
+        try:
+            sizes = [nbytes_of(code, shape) for code, shape, _ in plan.classes]
+        except ValueError as exc:
+            raise self.corrupt(str(exc)) from exc
+        for entry, (kind, number) in enumerate(zip(plan.entry_classes, plan.entry_files, strict=True)):
+            record = manifest.files[number]
+            if not record.data_start or sizes[kind] > record.nbytes - record.data_start:
+                raise self.corrupt(f"{plan.names[entry]!r} of {sizes[kind]} bytes is not in {record.path}")
+        self._shapes: dict[str, int] | None = None
+        self._needed: set[int] = set()
+        self._values: dict[int, Any] = {}
+
+    def corrupt(self, why: str) -> CheckpointCorruptError:
+        """Return the error for a manifest that contradicts itself."""
+        return CheckpointCorruptError(
+            f"{self.file} is no usable manifest", why=why, next="restore another step", file=self.file
+        )
+
+    # ---- entries
+
+    def form(self, entry: int) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Return (dtype, shape) of the tensor."""
+        return self._forms[self.manifest.plan.entry_classes[entry]]
+
+    def file_of(self, entry: int) -> int:
+        """Return the index of the file that holds the entry."""
+        return self.manifest.plan.entry_files[entry]
+
+    def span(self, entry: int, header: Header) -> tuple[int, int]:
+        """Return the bytes of the entry in its file, half-open.
+
+        Raises:
+            CheckpointCorruptError: The file's header says something else than the manifest.
+        """
+        plan = self.manifest.plan
+        code, shape, _ = plan.classes[plan.entry_classes[entry]]
+        name = plan.names[entry]
+        stored = header.tensors.get(name)
+        if stored is None or stored.dtype != code or stored.shape != tuple(shape):
+            found = "is not there" if stored is None else f"is {stored.dtype} {list(stored.shape)} there"
+            path = self.manifest.files[self.file_of(entry)].path
+            raise self.corrupt(f"{name!r} should be {code} {list(shape)} in {path}, and {found}")
+        return stored.start, stored.stop
+
+    def entries_below(self, node: Node) -> Iterator[tuple[int, bool]]:
+        """Yield (entry, whether it is the content of a value that is no tensor)."""
+        for _, leaf in walk(node):
+            if isinstance(leaf, list):
+                yield leaf[1], True
+            elif leaf >= 0:
+                yield leaf, False
+
+    # ---- the tree
+
+    def mapping(self, node: Node) -> list[Child] | None:
+        """Return the children of a mapping's or module's node; None where it is neither."""
+        if isinstance(node, dict):
+            return [Child(key, key, child) for key, child in node.items()]
+        if isinstance(node, list) and node[0] == "module":
+            return [Child(key, key, child) for key, child in node[1].items()]
+        if isinstance(node, list) and node[0] in _MAPPINGS:
+            return [Child(key, key_text(key), child) for key, child in node[1]]
+        return None
+
+    def key(self, child: Child) -> Any:
+        """Return the key of a mapping's child as it was in the state."""
+        return child.key if isinstance(child.key, str) else decode_key(child.key, self.file)
+
+    def sequence(self, node: Node, tag: str) -> list[Child] | None:
+        """Return the children of a ``list`` or ``tuple`` node; None where it is something else."""
+        if not isinstance(node, list) or node[0] != tag:
+            return None
+        return [Child(str(index), str(index), child) for index, child in enumerate(node[1])]
+
+    def plain(self, node: Node) -> Any:
+        """Return the value of a node that is one, else None; every call gives a value of its own."""
+        return copy.deepcopy(self.value(value_number(node))) if isinstance(node, int) and node < 0 else None
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of the tensor with this dotted name; None where there is none."""
+        if self._shapes is None:
+            leaves = walk(self.manifest.plan.tree)
+            self._shapes = {dotted(path): leaf for path, leaf in leaves if isinstance(leaf, int) and leaf >= 0}
+        entry = self._shapes.get(name)
+        return None if entry is None else self.form(entry)[1]
+
+    def names_below(self, node: Node, path: Segments) -> list[str]:
+        """Return the dotted names of all tensors and values below a node that stands at ``path``."""
+        return [dotted(segments) for segments, _ in walk(node, path)]
+
+    def what(self, node: Node) -> str:
+        """Return what a node is, in a word for people."""
+        if isinstance(node, int):
+            return "a tensor" if node >= 0 else "a value"
+        tag = "dict" if isinstance(node, dict) else str(node[0])
+        return {"module": "a module", "ndarray": "a numpy array"}.get(tag, f"a {tag.partition(':')[0]}")
+
+    # ---- values
+
+    def need_values(self, node: Node) -> None:
+        """Decode the values below ``node`` soon: a bad one must be found before anything live changes."""
+        self._needed.update(value_number(leaf) for _, leaf in walk(node) if isinstance(leaf, int) and leaf < 0)
+
+    def decode_needed(self) -> None:
+        """Decode what ``need_values`` was told of.
+
+        Raises:
+            CheckpointCorruptError: A value is not readable.
+        """
+        for number in sorted(self._needed):
+            self.value(number)
+
+    def value(self, number: int) -> Any:
+        """Return a value, decoded at the first call."""
+        if number not in self._values:
+            (self._values[number],) = decode_all([self.manifest.values[number]], self.file)
+        return self._values[number]
+
+    def metadata(self) -> Any:
+        """Return the user's metadata, fresh.
+
+        Raises:
+            CheckpointCorruptError: It is not readable.
+        """
+        return decode_all([self.manifest.metadata], self.file)[0]
+
+    def build(self, node: Node, tensors: Mapping[int, Any]) -> Any:
+        """Return the objects that ``node`` stands for.
+
+        Args:
+            node: Any node; of a module comes a dict.
+            tensors: By entry number, all that are below it.
+
+        Raises:
+            CheckpointCorruptError: It is no node that a save makes.
+        """
+        if isinstance(node, int):
+            return tensors[node] if node >= 0 else self.value(value_number(node))
+        if isinstance(node, dict):
+            return {key: self.build(child, tensors) for key, child in node.items()}
+        tag = node[0]
+        if is_blob(node):
+            try:
+                return blob_value(node, tensors[node[1]])
+            except (ValueError, TypeError) as exc:
+                raise self.corrupt(str(exc)) from exc
+        if tag in ("list", "tuple"):
+            items = [self.build(child, tensors) for child in node[1]]
+            return items if tag == "list" else tuple(items)
+        if tag == "module":
+            return {key: self.build(child, tensors) for key, child in node[1].items()}
+        if tag not in _MAPPINGS:
+            raise self.corrupt(f"its tree has an unknown container {str(tag)[:40]!r}")
+        return self._build_mapping(tag, node[1], tensors)
+
+    def _build_mapping(self, tag: str, pairs: list[Any], tensors: Mapping[int, Any]) -> Any:
+        items = [(decode_key(key, self.file), self.build(child, tensors)) for key, child in pairs]
+        kind, _, factory = tag.partition(":")
+        try:
+            if kind == "OrderedDict":
+                return OrderedDict(items)
+            return defaultdict(FACTORIES.get(factory), items) if kind == "defaultdict" else dict(items)
+        except TypeError as exc:  # an unhashable key
+            raise self.corrupt(str(exc)) from exc
+
+    def _form(self, code: str, shape: tuple[int, ...], mark: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        bad = (
+            mark not in ("", COMPLEX128)
+            or (mark == COMPLEX128 and (code != "F64" or shape[-1:] != (2,)))
+            or (code == PACKED_F4 and (not shape or shape[-1] % 2))
+            or math.prod(max(size, 1) for size in shape) > _MAX_NUMEL  # empty tensors have strides too
+        )
+        if bad:
+            raise self.corrupt(f"no tensor is {code} {list(shape)} {mark}")
+        return live_form(code, shape, mark)

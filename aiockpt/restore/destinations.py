@@ -1,0 +1,156 @@
+"""Where the bytes of a tensor go: live or fresh memory, on whatever device and with whatever strides."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import Protocol
+
+import torch
+
+from aiockpt.state.checks import PLAIN_TYPES
+
+__all__ = ["Bounce", "Destination", "destination_for", "unfit_memory"]
+
+
+class Bounce:
+    """One reading thread's view of the aligned buffer that a block was read into.
+
+    Args:
+        address: Of the buffer; it stays alive longer than this object.
+        nbytes: Of the buffer.
+        cuda: Whether it feeds CUDA tensors: it is pinned for as long as this object is not closed.
+    """
+
+    def __init__(self, address: int, nbytes: int, *, cuda: bool) -> None:
+        self.address = address
+        self._pinned = cuda and _pin(address, nbytes)
+        self._bytes = torch.frombuffer((ctypes.c_ubyte * nbytes).from_address(address), dtype=torch.uint8)
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def copy_to_cuda(self, target: torch.Tensor, start: int) -> None:
+        """Enqueue the copy of ``target.numel()`` bytes from ``start`` on a stream of this thread's own."""
+        stream = self._streams.get(target.device)
+        if stream is None:
+            stream = self._streams[target.device] = torch.cuda.Stream(target.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            target.copy_(self._bytes[start : start + target.numel()], non_blocking=True)
+
+    def wait(self) -> None:
+        """Return when no copy reads the buffer any more."""
+        for stream in self._streams.values():
+            stream.synchronize()
+
+    def close(self) -> None:
+        """Give the pages free; the buffer itself belongs to the caller."""
+        self.wait()
+        if self._pinned:
+            self._pinned = False
+            torch.cuda.cudart().cudaHostUnregister(self.address)  # type: ignore[no-untyped-call]
+
+
+class Destination(Protocol):
+    """Takes a tensor's bytes, in row-major order, in pieces that may come from several threads."""
+
+    def write(self, offset: int, bounce: Bounce, start: int, nbytes: int) -> None:
+        """Take bytes ``[offset, offset + nbytes)`` of the tensor, which stand in ``bounce`` from ``start`` on."""
+        ...
+
+
+def unfit_memory(tensor: torch.Tensor) -> str | None:
+    """Return why a live tensor cannot be overwritten, or None where it can."""
+    if type(tensor) not in PLAIN_TYPES:
+        return f"the live tensor is of an unknown subclass, {type(tensor).__qualname__}"
+    if tensor.layout is not torch.strided:
+        return f"the live tensor has layout {tensor.layout}"
+    if tensor.is_meta:
+        return "the live tensor is on the meta device and has no memory"
+    if tensor.is_quantized or tensor.is_nested or torch._is_zerotensor(tensor):
+        return "the live tensor has no plain memory"
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return f"the live tensor is expanded (strides {list(tensor.stride())}), its elements share memory"
+    return None
+
+
+def destination_for(tensor: torch.Tensor) -> Destination:
+    """Return the fastest way into ``tensor``, which ``unfit_memory`` has nothing against."""
+    if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+        if tensor.device.type == "cpu":
+            return _Memory(tensor)
+        if tensor.device.type == "cuda":
+            return _Cuda(tensor)
+    return _Gathered(tensor)
+
+
+class _Memory:
+    """Contiguous memory of this process."""
+
+    __slots__ = ("_address", "_tensor")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor  # keeps the memory
+        self._address = tensor.data_ptr()
+
+    def write(self, offset: int, bounce: Bounce, start: int, nbytes: int) -> None:
+        ctypes.memmove(self._address + offset, bounce.address + start, nbytes)  # releases the GIL
+
+
+class _Cuda:
+    """Contiguous memory of a CUDA device."""
+
+    __slots__ = ("_bytes",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._bytes = _as_bytes(tensor)
+
+    def write(self, offset: int, bounce: Bounce, start: int, nbytes: int) -> None:
+        with _writing(self._bytes):
+            bounce.copy_to_cuda(self._bytes[offset : offset + nbytes], start)
+
+
+class _Gathered:
+    """Any other tensor: its bytes are gathered in plain memory and copied by torch when the last one is there."""
+
+    __slots__ = ("_lock", "_missing", "_staged", "_tensor")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self._missing = tensor.numel() * tensor.element_size()
+        self._staged: torch.Tensor | None = None
+        self._lock = threading.Lock()
+
+    def write(self, offset: int, bounce: Bounce, start: int, nbytes: int) -> None:
+        with self._lock:
+            if self._staged is None:  # not before: thousands of these need not be in memory at once
+                self._staged = torch.empty(self._tensor.shape, dtype=self._tensor.dtype, device="cpu")
+            staged = self._staged
+        ctypes.memmove(staged.data_ptr() + offset, bounce.address + start, nbytes)
+        with self._lock:
+            self._missing -= nbytes
+            if self._missing:
+                return
+            self._staged = None
+        self._finish(staged)
+
+    def _finish(self, staged: torch.Tensor) -> None:
+        live = self._tensor
+        if live.element_size() == 1 and live.dtype is not torch.bool:
+            live, staged = live.view(torch.uint8), staged.view(torch.uint8)  # fp8 and fp4 have few kernels
+        with _writing(live):
+            live.copy_(staged)
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    with _writing(tensor):
+        flat = tensor.detach().view(-1)
+        return flat if flat.dtype is torch.uint8 else flat.view(torch.uint8)
+
+
+def _writing(tensor: torch.Tensor) -> torch.inference_mode | torch.no_grad:
+    """Inference tensors may be written in inference mode alone; all others are written without a gradient."""
+    return torch.inference_mode() if tensor.is_inference() else torch.no_grad()
+
+
+def _pin(address: int, nbytes: int) -> bool:
+    error = torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)  # type: ignore[no-untyped-call]
+    return int(error) == 0  # refused: copies are slower, and as right

@@ -1,0 +1,195 @@
+"""Blocks of a checkpoint → memory: direct reads by a few threads, each block verified before a byte of it is used."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from aiockpt.errors import RestoreError
+from aiockpt.restore.checkpoint_view import CheckpointView
+from aiockpt.restore.destinations import Bounce, Destination, destination_for
+from aiockpt.storage.readers import AlignedBuffer, OpenCheckpoint
+
+__all__ = ["READ_THREADS", "Reading", "never"]
+
+READ_THREADS = 4
+"""Reads in flight."""
+
+
+def never() -> bool:
+    """Tell that nobody asks for the end of a restore."""
+    return False
+
+
+class _Piece(NamedTuple):
+    """Bytes of one block that go to one tensor."""
+
+    destination: Destination
+    offset: int
+    """In the tensor."""
+    start: int
+    """In the block."""
+    nbytes: int
+
+
+class _Block(NamedTuple):
+    file: int
+    number: int
+    pieces: list[_Piece]
+    is_live: bool
+    """Whether a piece goes to memory that the program sees."""
+
+
+class Reading:
+    """One pass over the blocks of a checkpoint that hold what is wanted.
+
+    Args:
+        checkpoint: Open for as long as this object is used.
+        view: Of the same checkpoint.
+        live: (entry, tensor): memory that the program sees.
+        fresh: (entry, tensor): memory that nobody sees yet.
+
+    Raises:
+        CheckpointCorruptError: A header is not the one that was written, or contradicts the manifest.
+        StorageError: A header cannot be read.
+    """
+
+    def __init__(
+        self,
+        checkpoint: OpenCheckpoint,
+        view: CheckpointView,
+        live: Iterable[tuple[int, torch.Tensor]],
+        fresh: Iterable[tuple[int, torch.Tensor]],
+    ) -> None:
+        self._checkpoint = checkpoint
+        self.live_changed = False
+        """Whether a byte of live memory may have been overwritten."""
+        self.nbytes = 0
+        """Bytes of the blocks that are to be read."""
+        wanted: dict[int, list[tuple[int, int, torch.Tensor, bool]]] = {}
+        for is_live, reads in ((True, live), (False, fresh)):
+            for entry, tensor in reads:
+                if tensor.numel():
+                    file = view.file_of(entry)
+                    start, stop = view.span(entry, checkpoint.header(file))
+                    wanted.setdefault(file, []).append((start, stop, tensor, is_live))
+        self._blocks = [block for file in sorted(wanted) for block in self._cut(file, wanted[file])]
+        self._cuda = any(tensor.is_cuda for reads in wanted.values() for _, _, tensor, _ in reads)
+
+    def run(self, *, threads: int = READ_THREADS, should_stop: Callable[[], bool] = never) -> None:
+        """Read, verify and copy everything.
+
+        Args:
+            threads: That read at once.
+            should_stop: Asked before each block, from any thread.
+
+        Raises:
+            CheckpointCorruptError: The first bad block in file order, of those that were seen; other blocks may have
+                been copied.
+            StorageError: A block cannot be read.
+            RestoreError: ``should_stop`` said so.
+        """
+        crew = _Crew(self, self._blocks, should_stop)
+        count = min(threads, len(self._blocks))
+        if not count:
+            return
+        try:
+            with ThreadPoolExecutor(count, thread_name_prefix="aiockpt-restore") as pool:
+                try:
+                    for future in [pool.submit(crew.work, cuda=self._cuda) for _ in range(count)]:
+                        future.result()
+                finally:
+                    crew.stopped = True  # an interrupt of this thread must not wait for all blocks
+        finally:
+            self.live_changed = crew.live_changed
+        if crew.failures:
+            raise crew.failures[min(crew.failures)]
+        if crew.asked_to_stop:
+            raise RestoreError("the restore was cancelled", why="its caller asked for it", next="restore again")
+
+    def read_block(self, block: _Block, buffer: AlignedBuffer) -> AlignedBuffer:
+        """Read and verify one block; returns the buffer that has it, another one where the given was too small."""
+        reader = self._checkpoint.file(block.file)
+        start, stop = reader.block_range(block.number)
+        if buffer.nbytes < stop - start:
+            buffer = AlignedBuffer(stop - start)
+        reader.read_block(block.number, buffer)
+        return buffer
+
+    def _cut(self, file: int, reads: list[tuple[int, int, torch.Tensor, bool]]) -> list[_Block]:
+        header = self._checkpoint.header(file)
+        size = header.block_nbytes
+        pieces: dict[int, list[_Piece]] = {}
+        live: set[int] = set()
+        for start, stop, tensor, is_live in sorted(reads, key=lambda read: read[:2]):
+            destination = destination_for(tensor)
+            first = (start - header.data_start) // size
+            last = (stop - 1 - header.data_start) // size
+            for index in range(first, last + 1):
+                block_start = header.data_start + index * size
+                begin, end = max(start, block_start), min(stop, block_start + size)
+                piece = _Piece(destination, begin - start, begin - block_start, end - begin)
+                pieces.setdefault(index, []).append(piece)
+            if is_live:
+                live.update(range(first, last + 1))
+        data_nbytes = self._checkpoint.manifest.files[file].nbytes - header.data_start
+        self.nbytes += sum(min(size, data_nbytes - index * size) for index in pieces)
+        return [_Block(file, index, pieces[index], index in live) for index in sorted(pieces)]
+
+
+class _Crew:
+    """What the reading threads share."""
+
+    def __init__(self, reading: Reading, blocks: list[_Block], should_stop: Callable[[], bool]) -> None:
+        self.failures: dict[tuple[int, int], BaseException] = {}
+        self.stopped = False
+        self.asked_to_stop = False
+        self.live_changed = False
+        self._reading = reading
+        self._blocks = iter(blocks)
+        self._should_stop = should_stop
+        self._lock = threading.Lock()
+
+    def work(self, *, cuda: bool) -> None:
+        """Take blocks until there are none."""
+        buffer = AlignedBuffer(0)
+        bounce: Bounce | None = None
+        try:
+            while (block := self._next()) is not None:
+                try:
+                    if bounce is not None:
+                        bounce.wait()
+                    old = buffer
+                    buffer = self._reading.read_block(block, buffer)
+                    if bounce is None or buffer is not old:
+                        bounce = _renewed(bounce, buffer, cuda=cuda)
+                    self.live_changed = self.live_changed or block.is_live
+                    for destination, offset, start, count in block.pieces:
+                        destination.write(offset, bounce, start, count)
+                except BaseException as exc:  # noqa: BLE001  # raised by run(), in the thread that waits
+                    with self._lock:
+                        self.failures[block.file, block.number] = exc
+        finally:
+            if bounce is not None:
+                bounce.close()
+
+    def _next(self) -> _Block | None:
+        with self._lock:
+            if self.stopped or self.failures:
+                return None
+            if self._should_stop():
+                self.stopped = self.asked_to_stop = True
+                return None
+            return next(self._blocks, None)
+
+
+def _renewed(bounce: Bounce | None, buffer: AlignedBuffer, *, cuda: bool) -> Bounce:
+    if bounce is not None:
+        bounce.close()
+    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer.view))
+    return Bounce(address, buffer.nbytes, cuda=cuda)

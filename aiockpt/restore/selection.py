@@ -1,0 +1,85 @@
+"""Which names a restore is about: include and exclude patterns."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+
+from aiockpt.errors import ConfigError
+
+__all__ = ["ALL", "Patterns", "Selection"]
+
+Patterns = str | Iterable[str] | None
+
+
+class Selection:
+    """Takes the dotted names that some include pattern names and no exclude pattern does.
+
+    Patterns are shell-like (``*``, ``?``, ``[seq]``; a ``*`` crosses dots). A pattern that fits a name also takes all
+    that is below it, so ``model``, ``model.*`` and ``mod*`` each take ``model.layers.0.weight``, and
+    ``*.layers.0`` takes that layer in the model and in the optimizer's state. What cannot be taken in part, an object
+    or a value, goes by its own name or by a pattern for what is below it: ``rng`` and ``rng.*`` are the same.
+
+    Args:
+        include: One pattern or several; None takes every name.
+        exclude: One pattern or several; stronger than ``include``.
+
+    Raises:
+        ConfigError: A pattern is no text, or is empty.
+    """
+
+    def __init__(self, include: Patterns = None, exclude: Patterns = None) -> None:
+        includes, excludes = _texts(include, "include"), _texts(exclude, "exclude")
+        self._includes = [(text, _compile([text])) for text in includes] if include is not None else None
+        self._include = None if include is None else _compile(includes)
+        self._exclude = _compile(excludes) if excludes else None
+
+    @property
+    def everything(self) -> bool:
+        """Whether no name is left out."""
+        return self._include is None and self._exclude is None
+
+    def takes(self, name: str) -> bool:
+        """Tell whether the tensor or value of this dotted name is meant."""
+        if self._exclude is not None and self._exclude.match(name):
+            return False
+        return self._include is None or self._include.match(name) is not None
+
+    def takes_whole(self, name: str) -> bool:
+        """Tell whether something is meant that can only be taken as a whole."""
+        if self._exclude is not None and (self._exclude.match(name) or self._exclude.match(name + ".")):
+            return False
+        return self._include is None or any(self._include.match(text) for text in (name, name + "."))
+
+    def idle_includes(self, names: Iterable[str]) -> list[str]:
+        """Return the include patterns that fit none of ``names``: most likely misspelt."""
+        idle = list(self._includes or ())
+        for name in names:
+            if not idle:
+                break
+            idle = [(text, pattern) for text, pattern in idle if not (pattern.match(name) or pattern.match(name + "."))]
+        return [text for text, _ in idle]
+
+
+def _texts(patterns: Patterns, argument: str) -> list[str]:
+    given: object = patterns or ()
+    texts = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise ConfigError(
+                f"{argument} was refused",
+                why=f"{text!r} is no pattern",
+                next=f'give dotted names with wildcards, as in {argument}=["model.*"]',
+                argument=argument,
+            )
+    return [str(text) for text in texts]
+
+
+def _compile(texts: list[str]) -> re.Pattern[str]:
+    # translate() ends with \Z (\z from Python 3.14 on), two characters that give way to "or all that is below"
+    return re.compile("|".join(rf"(?:{fnmatch.translate(text)[:-2]}(?s:\..*)?\Z)" for text in texts) or r"(?!)")
+
+
+ALL = Selection()
+"""Takes every name."""
