@@ -1,9 +1,9 @@
-"""Optimizers as state by parameter name, and the rules by which that state goes back."""
+"""Optimizers as state by parameter name."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,6 @@ from aiockpt.format.names import Segments, dotted
 
 __all__ = [
     "OptimizerItems",
-    "load_groups",
-    "load_optimizer",
-    "match_groups",
     "read_optimizer",
     "refuse_sharded",
     "state_device",
@@ -110,85 +107,6 @@ def state_device(param: torch.Tensor, group: Mapping[str, Any], key: str) -> tor
     if key == "step" and not (group.get("capturable") or group.get("fused")):
         return torch.device("cpu")
     return param.device
-
-
-def match_groups(live: Sequence[Sequence[str]], saved: Sequence[Sequence[str]]) -> list[int | None]:
-    """Return for each live group the index of the saved group whose hyperparameters it takes.
-
-    It is the one that holds the same parameters; groups may stand in another order, and parameters too. None where
-    the parameters of one live group come from several saved ones, or from none.
-
-    Args:
-        live: Parameter names per live group.
-        saved: Parameter names per saved group.
-    """
-    home = {name: index for index, names in enumerate(saved) for name in names}
-    found: list[int | None] = []
-    for index, names in enumerate(live):
-        homes = {home[name] for name in names if name in home}
-        if len(homes) == 1:
-            found.append(homes.pop())
-        else:
-            empty = not names and index < len(saved) and not saved[index]
-            found.append(index if empty else None)
-    return found
-
-
-def load_groups(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], matched: Sequence[int | None]) -> None:
-    """Give the live groups the hyperparameters of the saved ones; ``params`` stay, so do keys that were not saved.
-
-    A live tensor, such as an ``lr`` that a captured graph reads, keeps its memory where the saved value fits into it.
-
-    Args:
-        optimizer: The live one.
-        groups: As they were saved, with fresh values.
-        matched: Per live group its index in ``groups``; None leaves the group alone.
-    """
-    for live, index in zip(optimizer.param_groups, matched, strict=True):
-        if index is None:
-            continue
-        for key, value in groups[index].items():
-            if key == "params":
-                continue
-            held = live.get(key)
-            if isinstance(held, torch.Tensor) and _fits(held, value):
-                with torch.no_grad():
-                    held.copy_(value) if isinstance(value, torch.Tensor) else held.fill_(value)
-            else:
-                live[key] = value
-
-
-def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Call ``load_state_dict`` of an optimizer that has its own, and put back the dtypes that torch's part casts.
-
-    Torch casts the state of a bf16 parameter to bf16, whatever it was.
-
-    Args:
-        optimizer: One that ``uses_state_dict``.
-        state: What its ``state_dict()`` gave, with fresh tensors: the optimizer may keep them.
-    """
-    optimizer.load_state_dict(state)
-    saved, groups = state.get("state"), state.get("param_groups")
-    if not isinstance(saved, dict) or not isinstance(groups, list):
-        return
-    numbers = [number for group in groups for number in group.get("params", ())]
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    if len(numbers) != len(params):
-        return
-    for number, param in zip(numbers, params, strict=True):
-        entry, live = saved.get(number), optimizer.state.get(param)
-        if not isinstance(entry, dict) or not isinstance(live, dict):
-            continue
-        for key, value in entry.items():
-            held = live.get(key)
-            if isinstance(value, torch.Tensor) and isinstance(held, torch.Tensor) and held.dtype != value.dtype:
-                live[key] = value.to(held.device)
-
-
-def _fits(held: torch.Tensor, value: object) -> bool:
-    if isinstance(value, torch.Tensor):
-        return held.shape == value.shape and held.dtype == value.dtype
-    return type(value) in (int, float) and held.numel() == 1 and held.dtype.is_floating_point
 
 
 def refuse_sharded(optimizer: Optimizer, path: Segments) -> None:

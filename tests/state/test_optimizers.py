@@ -13,9 +13,6 @@ from aiockpt.errors import UnsupportedValueError
 from aiockpt.state.collect import collect
 from aiockpt.state.optimizers import (
     OptimizerItems,
-    load_groups,
-    load_optimizer,
-    match_groups,
     read_optimizer,
     state_device,
 )
@@ -102,15 +99,14 @@ def test_state_by_name_is_all_that_the_next_steps_need(name: str, arguments: dic
     assert same(fresh.state_dict(), optimizer.state_dict())
 
 
-def put_back(model: nn.Module, optimizer: optim.Optimizer, saved: dict[str, Any]) -> OptimizerItems:
+def put_back(model: nn.Module, optimizer: optim.Optimizer, saved: dict[str, Any]) -> None:
     """What a restore does with an optimizer."""
     read = read_optimizer(optimizer, parameter_names({"model": model}))
     optimizer.state.clear()
     for name, state in saved["state"].items():
         optimizer.state[read.params[name]] = state
-    matched = match_groups(read.param_names, [group["params"] for group in saved["param_groups"]])
-    load_groups(optimizer, saved["param_groups"], matched)
-    return read
+    for group, stored in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group.update({key: value for key, value in stored.items() if key != "params"})
 
 
 def test_an_optimizer_stands_under_its_parameters_names():
@@ -290,23 +286,7 @@ def test_an_optimizer_with_its_own_state_dict_is_asked(kind: str):
     saved = round_trip({"m": model, "o": optimizer})["o"]
     assert saved.get("mine") == (None if kind == "load hook" else 1)
     assert same(saved["state"], optimizer.state_dict()["state"])
-    optimizer.state.clear()
-    load_optimizer(optimizer, saved)
-    assert same(optimizer.state_dict()["state"], saved["state"])
-
-
-def test_loading_through_state_dict_keeps_fp32_state_of_bf16_parameters():
-    """Torch casts state to the parameter's dtype; it is put back bit for bit."""
-    model = nn.Linear(3, 1).to(torch.bfloat16)
-    optimizer = OwnState(model.parameters(), lr=0.1, momentum=0.9)
-    for parameter in model.parameters():
-        optimizer.state[parameter] = {"momentum_buffer": torch.randn(parameter.shape), "step": torch.tensor(3.0)}
-    saved = round_trip({"m": model, "o": optimizer})["o"]
-    expected = [dict(state) for state in optimizer.state.values()]
-    fresh = OwnState(model.parameters(), lr=0.5, momentum=0.1)
-    load_optimizer(fresh, saved)
-    assert same(list(fresh.state.values()), expected)
-    assert fresh.param_groups[0]["lr"] == 0.1
+    assert read.groups == []
 
 
 def test_bf16_parameters_keep_their_fp32_state_by_name():
@@ -319,33 +299,6 @@ def test_bf16_parameters_keep_their_fp32_state_by_name():
     fresh = optim.AdamW(model.parameters())
     put_back(model, fresh, saved)
     assert same(list(fresh.state.values()), list(optimizer.state.values()))
-
-
-def test_groups_are_matched_by_their_parameters():
-    """Order of groups and of parameters is free; a group whose parameters come from two is matched by none."""
-    saved = [["a", "b"], ["c"], []]
-    assert match_groups([["c"], ["b", "a"], []], saved) == [1, 0, 2]
-    assert match_groups([["a", "c"], ["new"]], saved) == [None, None]
-    assert match_groups([["a", "new"]], saved) == [0]
-
-
-def test_loading_groups_keeps_the_memory_of_a_tensor_lr():
-    """A tensor ``lr`` that a captured graph may read is written in place; other kinds of value replace it."""
-    model = nn.Linear(1, 1)
-    optimizer = optim.AdamW(model.parameters(), lr=torch.tensor(0.1), capturable=False)
-    held = optimizer.param_groups[0]["lr"]
-    load_groups(optimizer, [{"params": ["x"], "lr": torch.tensor(0.7), "new": 1}], [0])
-    assert optimizer.param_groups[0]["lr"] is held
-    assert same(held, torch.tensor(0.7))
-    assert optimizer.param_groups[0]["new"] == 1
-    assert len(optimizer.param_groups[0]["params"]) == 2
-    load_groups(optimizer, [{"params": ["x"], "lr": 0.3}], [0])
-    assert optimizer.param_groups[0]["lr"] is held
-    assert same(held, torch.tensor(0.3))
-    load_groups(optimizer, [{"params": ["x"], "lr": torch.tensor([0.5])}], [0])
-    assert same(optimizer.param_groups[0]["lr"], torch.tensor([0.5]))
-    load_groups(optimizer, [{"params": ["x"], "lr": 0.9}], [None])
-    assert same(optimizer.param_groups[0]["lr"], torch.tensor([0.5]))
 
 
 @pytest.mark.parametrize("flag", ["capturable", "fused"])

@@ -87,7 +87,7 @@ def test_any_nested_state_round_trips(state: dict[str, Any], as_object: bool):
 @settings(max_examples=200, deadline=None)
 @given(st.dictionaries(st.text(max_size=6), values, max_size=4))
 def test_names_agree_with_the_tree(state: dict[str, Any]):
-    """The path of every tensor and value in the tree is its entry's name; a plan takes it, or names both that collide."""
+    """The path of every tensor and value in the tree is that of its entry; a plan takes it or names both."""
     collected = collect(state)
     seen: dict[int, list[tuple[str, ...]]] = {}
     for path, leaf in walk(collected.tree):
