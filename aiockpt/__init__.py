@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from aiockpt import blocking
     from aiockpt.checkpointer import Checkpointer, Save, load, restore, steps
     from aiockpt.config import Every, Latest, RestartPolicy
-    from aiockpt.coordinator.results import Restored, Saved
+    from aiockpt.coordinator.results import Restored, Saved, Statistics
     from aiockpt.errors import (
         CheckpointCorruptError,
         CheckpointError,
@@ -42,48 +42,61 @@ if TYPE_CHECKING:
     )
     from aiockpt.state.rng import RNG
 
+__all__ = [
+    "RNG",
+    "Checkpointer",
+    "Every",
+    "Latest",
+    "RestartPolicy",
+    "Restored",
+    "Save",
+    "Saved",
+    "Statistics",
+    "__version__",
+    "blocking",
+    "load",
+    "restore",
+    "steps",
+    "CheckpointError",
+    "ConfigError",
+    "UsageError",
+    "UnsupportedValueError",
+    "StateMismatchError",
+    "TornSnapshotError",
+    "SaveError",
+    "SaveBusyError",
+    "SaveCancelledError",
+    "SaveTimeoutError",
+    "StepExistsError",
+    "StorageError",
+    "CommitUnknownError",
+    "WorkerError",
+    "WorkerStartError",
+    "WorkerExitedError",
+    "RestartLimitError",
+    "ProtocolError",
+    "RestoreError",
+    "StepNotFoundError",
+    "CheckpointCorruptError",
+    "NoUsableCheckpointError",
+]
+
 _HOMES = {
     "aiockpt.checkpointer": ("Checkpointer", "Save", "load", "restore", "steps"),
     "aiockpt.config": ("Every", "Latest", "RestartPolicy"),
-    "aiockpt.coordinator.results": ("Restored", "Saved"),
+    "aiockpt.coordinator.results": ("Restored", "Saved", "Statistics"),
     "aiockpt.state.rng": ("RNG",),
-    "aiockpt.errors": (
-        "CheckpointError",
-        "ConfigError",
-        "UsageError",
-        "UnsupportedValueError",
-        "StateMismatchError",
-        "TornSnapshotError",
-        "SaveError",
-        "SaveBusyError",
-        "SaveCancelledError",
-        "SaveTimeoutError",
-        "StepExistsError",
-        "StorageError",
-        "CommitUnknownError",
-        "WorkerError",
-        "WorkerStartError",
-        "WorkerExitedError",
-        "RestartLimitError",
-        "ProtocolError",
-        "RestoreError",
-        "StepNotFoundError",
-        "CheckpointCorruptError",
-        "NoUsableCheckpointError",
-    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
-__all__ = ["__version__", "blocking", *_HOME_OF]  # noqa: PLE0604  # a list of str, computed
+"""Where each name is defined; the errors' home goes without saying."""
 
 
 def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'aiockpt' has no attribute {name!r}")
     if name == "blocking":
         return importlib.import_module("aiockpt.blocking")
-    home = _HOME_OF.get(name)
-    if home is None:
-        raise AttributeError(f"module 'aiockpt' has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
+    value = getattr(importlib.import_module(_HOME_OF.get(name, "aiockpt.errors")), name)
     globals()[name] = value
     return value
 

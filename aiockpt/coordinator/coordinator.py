@@ -1,0 +1,393 @@
+"""The coordinator of one run: opens, supervises, closes; both faces stand on it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import anyio
+import anyio.abc
+import anyio.lowlevel
+import anyio.to_thread
+
+from aiockpt.config import Options
+from aiockpt.coordinator import failures
+from aiockpt.coordinator.arena_owner import ArenaOwner
+from aiockpt.coordinator.desk import Desk
+from aiockpt.coordinator.loop_thread import LoopThread
+from aiockpt.coordinator.process_hooks import forget, remember
+from aiockpt.coordinator.restoring import Restoring
+from aiockpt.coordinator.results import Statistics
+from aiockpt.coordinator.save_record import SaveRecord
+from aiockpt.coordinator.saves import Saves
+from aiockpt.coordinator.saving import Saving, WhenBusy
+from aiockpt.coordinator.schedule import Schedule
+from aiockpt.coordinator.supervisor import Supervisor
+from aiockpt.errors import CheckpointError, ConfigError, UsageError
+from aiockpt.protocol.messages import Message, Reserved, Setup
+from aiockpt.staging.stager import Stager
+from aiockpt.storage.claim import RunClaim
+from aiockpt.storage.faults import NO_FAULTS, Faults
+from aiockpt.worker.link import Link
+
+__all__ = ["Coordinator"]
+
+_log = logging.getLogger("aiockpt.coordinator")
+
+T = TypeVar("T")
+
+EXIT_SECONDS = 30.0
+"""At the interpreter's exit: for copies that are under way to end, so that the worker can finish the save."""
+
+
+class Coordinator:
+    """One run, opened once. Every public method may be called from any thread; none of them but ``save`` waits long.
+
+    It owns the loop's thread, the claim on the run, the worker (through the supervisor), the arena and the stager.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.faults: Faults = NO_FAULTS
+        """For tests: what the trainer's own file operations and phases run into."""
+        self.worker_faults: tuple[str, str] | None = None
+        self._pid = os.getpid()
+        self._schedule = Schedule(options.every, time.monotonic())
+        self._desk = Desk()
+        self._loop: LoopThread | None = None
+        self._closing = False
+        self._first_up: Future[None] = Future()
+
+    # ---- open
+
+    def open(self) -> Future[None]:
+        """Take the run and start the worker."""
+        self.check_process()
+        if self._loop is not None:
+            raise UsageError("the checkpointer was opened twice", next="make a new Checkpointer for another opening")
+        if not hasattr(os, "memfd_create") or not hasattr(os, "pidfd_open"):
+            raise ConfigError("aiockpt runs on Linux only", why="it needs memfd_create and pidfd_open")
+        self._loop = LoopThread("aiockpt-coordinator")
+        self._stager = Stager(snapshot=self.options.snapshot, stall_timeout=self.options.stall_timeout)
+        self._loop.start()
+        self._loop.submit(self._make).result()
+        remember(self)
+        return self._loop.submit(self._open)
+
+    async def _make(self) -> None:
+        # In our own loop: made in the caller's, anyio's events and limiters would belong to that, trio perhaps.
+        await anyio.lowlevel.checkpoint()
+        self._left = anyio.Event()
+        self._arena = ArenaOwner(self.options.capacity)
+        self._supervisor = Supervisor(self.options, self)
+        self._supervisor.faults = self.worker_faults
+
+    async def _open(self) -> None:
+        assert self._loop is not None
+        tasks = self._loop.tasks
+        claim = await anyio.to_thread.run_sync(self._take_run)
+        if self._closing:
+            claim.release()
+            raise failures.closed()
+        self._claim = claim
+        self._saves = Saves(self.options, self._desk, self._claim, tasks, self.faults)
+        self._saving = Saving(
+            self.options,
+            loop=self._loop,
+            desk=self._desk,
+            saves=self._saves,
+            arena=self._arena,
+            stager=self._stager,
+            schedule=self._schedule,
+            highest_ordinal=self._claim.highest_ordinal,
+            faults=self.faults,
+        )
+        self._restoring = Restoring(self.options.run, self._claim, self._saves, self._saving, self._stager)
+        tasks.start_soon(self._supervise)
+        up = anyio.Event()
+        self._first_up.add_done_callback(lambda _: up.set())
+        await up.wait()
+        self._first_up.result()
+
+    def _take_run(self) -> RunClaim:
+        return RunClaim.take(self.options.run, linger_timeout=self.options.linger_timeout, faults=self.faults)
+
+    async def _supervise(self) -> None:
+        try:
+            await self._supervisor.run()
+        except Exception as exc:
+            _log.exception("the supervisor failed")
+            self.supervision_over(CheckpointError("the supervisor of the worker failed", why=repr(exc)))
+            raise
+
+    # ---- the worker's tenant
+
+    def setup(self) -> Setup:
+        """See ``supervisor.Tenant``."""
+        stall = self.options.stall_timeout
+        return Setup(
+            run=self.options.run,
+            term=self._claim.term,
+            linger_timeout=self.options.linger_timeout,
+            beat_interval=1.0 if stall is None else min(1.0, stall / 4),
+        )
+
+    def worker_up(self, link: Link) -> None:
+        """See ``supervisor.Tenant``."""
+        self._arena.worker_up(link)
+        self._saves.worker_up(link)
+        if not self._first_up.done():
+            self._first_up.set_result(None)
+
+    def worker_says(self, message: Message, fds: list[int]) -> None:
+        """See ``supervisor.Tenant``."""
+        if isinstance(message, Reserved):
+            self._arena.worker_says(message, fds)
+        else:
+            self._saves.worker_says(message)
+
+    async def worker_down(self, error: CheckpointError) -> None:
+        """See ``supervisor.Tenant``."""
+        self._arena.worker_down(error)
+        await self._saves.worker_down(error)
+
+    def supervision_over(self, error: CheckpointError) -> None:
+        """See ``supervisor.Tenant``."""
+        self._desk.close(error.copy)
+        self._arena.over(error)
+        self._saves.fail_all(error)
+        if not self._first_up.done():
+            self._first_up.set_exception(error)
+
+    # ---- saving
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        *,
+        timeout: float | None,
+        when_busy: WhenBusy,
+        overwrite: bool,
+        metadata: Any,
+    ) -> SaveRecord:
+        """Take a snapshot of ``state``; see ``Saving.save``."""
+        self.check_open()
+        return self._saving.save(
+            step, state, timeout=timeout, when_busy=when_busy, overwrite=overwrite, metadata=metadata
+        )
+
+    def cancel(self, save: SaveRecord) -> None:
+        """Ask for the end of a save."""
+        if self._loop is not None:
+            self._loop.post(self._saves.cancel, save)
+
+    def prepare(self, state: Mapping[str, Any]) -> Future[None]:
+        """Make the arena for ``state``; reads the state in the calling thread, the rest goes on behind it."""
+        loop = self.check_open()
+        return loop.submit(self._prepare, self._saving.plan(state).arena_nbytes)
+
+    async def _prepare(self, nbytes: int) -> None:
+        me = object()
+        while not self._desk.take_slot(me):
+            await self.wait_for(self._desk.when_free())
+        try:
+            await self._arena.ensure(nbytes)
+        finally:
+            self._desk.free_slot(me)
+
+    def due(self, step: int) -> str | None:
+        """Return why ``step`` should be saved, or None."""
+        return self._schedule.due(step, time.monotonic())
+
+    def request_save(self, reason: str) -> None:
+        """Make ``due`` answer ``reason`` until the next save begins; safe in a signal handler."""
+        self._schedule.request(reason)
+
+    def when_ready(self) -> Future[None]:
+        """Done when the slot is free."""
+        self.check_open()
+        return self._desk.when_free()
+
+    def when_idle(self) -> Future[None]:
+        """Done when every save has its outcome."""
+        self.check_open()
+        return self._desk.when_idle()
+
+    # ---- reading
+
+    def read(self, call: Callable[[Restoring], T]) -> Future[T]:
+        """Run a reading call of ``Restoring`` in a thread, once no save of ours is open."""
+        return self.check_open().submit(self._read, call)
+
+    async def _read(self, call: Callable[[Restoring], T]) -> T:
+        await self.wait_for(self._desk.when_idle())
+        return await anyio.to_thread.run_sync(call, self._restoring)
+
+    @property
+    def restoring(self) -> Restoring:
+        """The part of a restore that the calling thread does."""
+        self.check_open()
+        return self._restoring
+
+    def statistics(self) -> Statistics:
+        """Return the counters since ``open``."""
+        self.check_open()
+        counts = self._saves.counts
+        return Statistics(
+            committed=counts["committed"],
+            failed=counts["failed"],
+            cancelled=counts["cancelled"],
+            skipped=self._saving.skipped,
+            committed_nbytes=counts["committed_nbytes"],
+            arena_nbytes=self._arena.nbytes,
+            plans=self._saving.plans.misses,
+            worker_pid=self._supervisor.pid,
+            worker_restarts=self._supervisor.restarts,
+            dropped_answers=counts["dropped"],
+        )
+
+    # ---- close
+
+    def close(self, *, drain: bool) -> Future[None]:
+        """End everything; done when nothing is left. Calling it again gives the same future."""
+        if self._loop is None or self._pid != os.getpid():
+            nothing: Future[None] = Future()
+            nothing.set_result(None)
+            return nothing
+        if not self._closing:
+            self._closing = True
+            self._loop.submit(self._close, drain)
+        return self._loop.ended
+
+    def leave(self) -> None:
+        """Stop waiting in ``close``: what is staged is left to the worker."""
+        if self._loop is not None:
+            self._loop.post(self._left.set)
+
+    def unheard(self) -> list[BaseException]:
+        """Return the failures that nobody was told of, once."""
+        return [save.failure for save in self._desk.take_unheard() if save.failure is not None]
+
+    async def _close(self, drain: bool) -> None:
+        assert self._loop is not None
+        deadline = anyio.current_time() + (self.options.close_timeout or float("inf"))
+        try:
+            self._desk.close(failures.closed)
+            if hasattr(self, "_saves"):
+                await self._end_saves(drain, deadline)
+            if self._left.is_set():
+                self._supervisor.leave()
+            else:
+                await self._supervisor.close(max(1.0, deadline - anyio.current_time()))
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(self._release)
+            self._loop.stop()
+
+    async def _end_saves(self, drain: bool, deadline: float) -> None:
+        why = "close(drain=False)"
+        if drain:
+            with anyio.move_on_at(deadline):
+                await self.wait_for(self._desk.when_idle(), self._left)
+            why = "the wait was interrupted" if self._left.is_set() else "close_timeout passed"
+        for save in self._desk.in_flight():
+            self._saves.give_up(save, failures.abandoned(save, why))
+        if not self._left.is_set():
+            with anyio.move_on_after(ABANDON_SECONDS):
+                await self.wait_for(self._desk.when_idle())
+        self._saves.fail_all(failures.closed())
+
+    def _release(self) -> None:
+        self._stager.close()
+        self._arena.close()
+        if hasattr(self, "_claim"):
+            self._claim.release()
+        forget(self)
+
+    def abandon(self) -> None:
+        """The Checkpointer was garbage collected without close: finish in the background what is staged."""
+        if self._loop is None or self._closing or self._pid != os.getpid():
+            return
+        warnings.warn(f"unclosed Checkpointer of {self.options.run}", ResourceWarning, stacklevel=2)
+        self.close(drain=True).add_done_callback(lambda _: self._log_unheard())
+
+    def abandon_at_exit(self) -> None:
+        """The interpreter ends without close: see that the worker has everything, then let go."""
+        if self._loop is None or self._pid != os.getpid():
+            return
+        if not self._closing:
+            warnings.warn(f"unclosed Checkpointer of {self.options.run}", ResourceWarning, stacklevel=2)
+        deadline = time.monotonic() + EXIT_SECONDS
+        for save in self._desk.in_flight():
+            save.wait_handed_over(max(0.0, deadline - time.monotonic()))
+        self._log_unheard()
+
+    def _log_unheard(self) -> None:
+        for error in self.unheard():
+            _log.error("a save failed and nobody was told:\n%s", error)
+
+    # ---- who may call
+
+    def check_process(self) -> None:
+        """Refuse a call from a forked child.
+
+        Raises:
+            UsageError: This is not the process that made the Checkpointer.
+        """
+        if self._pid != os.getpid():
+            raise UsageError(
+                "this Checkpointer belongs to another process",
+                why=f"it was made in process {self._pid}, this is a forked child, {os.getpid()}",
+                next="make a Checkpointer in this process, with a run directory of its own",
+            )
+
+    def check_open(self) -> LoopThread:
+        """Refuse a call before open, after close, or from a forked child.
+
+        Raises:
+            UsageError: Says which.
+        """
+        self.check_process()
+        if self._closing:
+            raise failures.closed()
+        if self._loop is None or not self._first_up.done():
+            raise UsageError(
+                "the checkpointer is not open",
+                why="nothing was done yet to open it",
+                next="use it in a with block, or call open() first",
+            )
+        return self._loop
+
+    def forget_in_child(self) -> None:
+        """In a forked child: drop what was inherited. The object is foreign there, see ``check_process``."""
+        self._arena.forget_in_child()
+        self._supervisor.forget_in_child()
+        if hasattr(self, "_claim"):
+            self._claim.forget_in_child()
+
+    @staticmethod
+    async def wait_for(future: Future[Any], *others: anyio.Event) -> None:
+        """Wait on the loop until a future is done, or until one of the events is set."""
+        if future.done():
+            return
+        done = anyio.Event()
+        token = anyio.lowlevel.current_token().native_token
+        future.add_done_callback(lambda _: token.call_soon_threadsafe(done.set))  # type: ignore[attr-defined]  # asyncio's
+        async with anyio.create_task_group() as tasks:
+
+            async def watch(event: anyio.Event) -> None:
+                await event.wait()
+                tasks.cancel_scope.cancel()
+
+            for event in (done, *others):
+                tasks.start_soon(watch, event)
+
+
+ABANDON_SECONDS = 5.0
+"""For the worker to confirm a cancellation at close; it is killed a little later anyway."""

@@ -1,0 +1,90 @@
+"""Errors as data, made exceptions again."""
+
+from __future__ import annotations
+
+import errno
+import logging
+
+from aiockpt.coordinator.save_record import SaveRecord
+from aiockpt.errors import (
+    CommitUnknownError,
+    ConfigError,
+    SaveCancelledError,
+    SaveError,
+    SaveTimeoutError,
+    StepExistsError,
+    StorageError,
+    UsageError,
+)
+from aiockpt.protocol.messages import WireError
+
+__all__ = ["abandoned", "arena_too_large", "as_exception", "cancelled", "closed", "timed_out"]
+
+_log = logging.getLogger("aiockpt.save")
+
+
+def as_exception(error: WireError, save: SaveRecord) -> BaseException:
+    """Return the exception of a save that the worker reports as failed."""
+    what = f"step {save.step} was not saved: {error.what}"
+    match error.kind:
+        case "storage" | "memory":
+            return StorageError(
+                what, why=error.why, next=error.next, errno=error.errno, path=error.path, step=save.step
+            )
+        case "exists":
+            return StepExistsError(what, why=error.why, next=error.next, step=save.step, path=error.path)
+        case "cancelled":
+            return save.cancelling or cancelled(save)
+        case "unknown_commit":
+            return CommitUnknownError(what, why=error.why, next=error.next, step=save.step, path=error.path)
+        case "config":
+            return ConfigError(what, why=error.why, next=error.next, argument="run", path=error.path)
+        case "fenced":
+            return SaveError(what, why=error.why, next=error.next)
+        case "internal":
+            _log.error("the worker failed on step %d\n%s", save.step, error.traceback)
+            return SaveError(what, why=error.why, next=error.next or "report this with the traceback in the log")
+
+
+def cancelled(save: SaveRecord) -> SaveCancelledError:
+    """The outcome of ``Save.cancel()``."""
+    return SaveCancelledError(f"the save of step {save.step} was cancelled", step=save.step)
+
+
+def abandoned(save: SaveRecord, why: str) -> SaveCancelledError:
+    """The outcome of a save that closing did not wait for."""
+    return SaveCancelledError(
+        f"the save of step {save.step} was abandoned",
+        why=why,
+        next="the checkpoint before it stands; close with drain=True, or give it a longer close_timeout",
+        step=save.step,
+    )
+
+
+def timed_out(save: SaveRecord) -> SaveTimeoutError:
+    """The outcome of ``save(timeout=…)``."""
+    return SaveTimeoutError(
+        f"step {save.step} was not saved within {save.timeout:g} s",
+        why=f"it was {save.state.value} when the time was up",
+        next="give it a longer timeout, or look at the disk",
+        step=save.step,
+        timeout=save.timeout,
+        phase=save.state.value,
+    )
+
+
+def arena_too_large(nbytes: int, why: str) -> StorageError:
+    """The outcome of a save whose arena the machine does not carry."""
+    return StorageError(
+        f"no shared memory for {nbytes} bytes of state",
+        why=why,
+        next="free memory, raise the memory limit of the job, or save less",
+        errno=errno.ENOMEM,
+    )
+
+
+def closed() -> UsageError:
+    """What every call gets after ``close()``."""
+    return UsageError(
+        "the checkpointer is closed", why="close() was called", next="open a new Checkpointer for this run"
+    )

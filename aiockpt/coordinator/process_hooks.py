@@ -1,0 +1,46 @@
+"""What a fork and the interpreter's exit mean for the coordinators that are open in this process."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from typing import Protocol
+
+__all__ = ["forget", "remember"]
+
+
+class _Hooked(Protocol):
+    def forget_in_child(self) -> None: ...
+    def abandon_at_exit(self) -> None: ...
+
+
+_open: weakref.WeakSet[_Hooked] = weakref.WeakSet()
+_is_registered = False
+
+
+def remember(coordinator: _Hooked) -> None:
+    """From now on the coordinator hears of forks and of the interpreter's exit."""
+    global _is_registered  # one of the three process-wide things: hooks cannot be taken back
+    _open.add(coordinator)
+    if not _is_registered:
+        _is_registered = True
+        os.register_at_fork(after_in_child=_after_fork)
+        # Before threads are joined, unlike atexit: a thread of the program that waits for a save could else never end.
+        threading._register_atexit(_at_exit)  # type: ignore[attr-defined]
+
+
+def forget(coordinator: _Hooked) -> None:
+    """The coordinator is closed."""
+    _open.discard(coordinator)
+
+
+def _after_fork() -> None:
+    for coordinator in list(_open):
+        coordinator.forget_in_child()
+    _open.clear()
+
+
+def _at_exit() -> None:
+    for coordinator in list(_open):
+        coordinator.abandon_at_exit()

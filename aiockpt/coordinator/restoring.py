@@ -1,0 +1,82 @@
+"""Reading by the run's writer: what it finds bad it renames, and what it restores decides the branch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from aiockpt.coordinator import reading
+from aiockpt.coordinator.reading import Globs
+from aiockpt.coordinator.results import Restored
+from aiockpt.coordinator.saves import Saves
+from aiockpt.coordinator.saving import Saving
+from aiockpt.errors import CheckpointCorruptError
+from aiockpt.restore.run import RestoreOutcome, restore_run
+from aiockpt.restore.targets import Targets
+from aiockpt.staging.stager import Stager
+from aiockpt.storage.claim import RunClaim
+from aiockpt.storage.run_directory import Committed
+from aiockpt.storage.verify import verify_checkpoint
+
+__all__ = ["Restoring"]
+
+_log = logging.getLogger("aiockpt.restore")
+
+
+class Restoring:
+    """``begin`` and ``finish`` run in the thread that owns the state, all else in a thread of the coordinator."""
+
+    def __init__(self, run: str, claim: RunClaim, saves: Saves, saving: Saving, stager: Stager) -> None:
+        self._run = run
+        self._claim = claim
+        self._saves = saves
+        self._saving = saving
+        self._stager = stager
+
+    def begin(self, state: Mapping[str, Any], *, include: Globs, exclude: Globs) -> Targets:
+        """Look at the live state, after our own copies of it are done."""
+        self._stager.sync_pending()
+        return reading.begin(state, include=include, exclude=exclude)
+
+    def read(self, targets: Targets, *, step: int | None, strict: bool) -> RestoreOutcome | None:
+        """Choose a checkpoint and read it into the live tensors."""
+        return restore_run(self._run, targets, step=step, strict=strict, on_bad=self._mark_bad)
+
+    def finish(self, outcome: RestoreOutcome | None) -> Restored | None:
+        """Give objects and containers their values, and begin the branch that goes on from here."""
+        restored = reading.finish(outcome)
+        if restored is not None:
+            self._begin_branch(restored)
+        return restored
+
+    def load(self, step: int | None, *, include: Globs, mmap: bool) -> dict[str, Any]:
+        """Return a checkpoint as a fresh nested dict."""
+        return reading.load(self._run, step=step, include=include, mmap=mmap)
+
+    def steps(self) -> list[int]:
+        """Return the committed steps, ascending."""
+        return reading.steps(self._run)
+
+    def latest(self) -> int | None:
+        """Return the newest step: the highest (term, ordinal)."""
+        return next(iter(self._saves.checkpoints), None)
+
+    def verify(self, step: int) -> int:
+        """Read a checkpoint whole; returns its bytes."""
+        return verify_checkpoint(f"{self._run}/step-{step}")
+
+    def _mark_bad(self, committed: Committed, error: CheckpointCorruptError) -> None:
+        self._claim.mark_bad(committed, str(error))
+        self._saves.forget(committed.step)
+
+    def _begin_branch(self, restored: Restored) -> None:
+        """Steps that are newer than the restored one are an abandoned branch, which saving replaces."""
+        left = [known for known in self._saves.checkpoints.values() if known.ordinal > restored.ordinal]
+        self._saving.branch = frozenset(known.save_id for known in left)
+        if left:
+            _log.warning(
+                "steps %s stand behind the restored step %d: saving one of them replaces it",
+                ", ".join(str(step) for step in sorted(known.step for known in left)),
+                restored.step,
+            )

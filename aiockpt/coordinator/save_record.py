@@ -1,0 +1,99 @@
+"""One save in flight as the trainer sees it."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from concurrent.futures import Future
+from typing import Any
+
+from aiockpt.coordinator.results import Saved
+from aiockpt.protocol.lifecycle import FINAL, SaveEvent, SaveState, advance
+from aiockpt.protocol.messages import BeginSave, EndStaging, Staged
+
+__all__ = ["SaveRecord"]
+
+
+class SaveRecord:
+    """State, progress and outcome of one save.
+
+    The coordinator's loop alone moves it on; the thread that saves fills it before the loop sees it. The two futures
+    are for any thread: ``staged`` (the caller may write to the state again) and ``outcome``.
+    """
+
+    def __init__(self, step: int, *, overwrite: bool, timeout: float | None) -> None:
+        self.save_id = uuid.uuid4().hex
+        self.step = step
+        self.overwrite = overwrite
+        self.timeout = timeout
+        self.state = SaveState.PLANNED
+        self.outcome: Future[Saved | None] = Future()
+        self.staged: Future[None] = Future()
+        self.started_at = time.monotonic()
+        self.timings: dict[str, float] = {}
+        self.begin: BeginSave | None = None
+        self.end: EndStaging | None = None
+        self.staging: Any = None
+        self.values = b"[]"
+        self.metadata = b"null"
+        self.copying = False
+        """Whether a thread of ours reads the state or writes to the arena."""
+        self.with_worker = False
+        """Whether the worker may read the arena for it."""
+        self.deaths = 0
+        self.cancelling: BaseException | None = None
+        """What the outcome becomes when the worker confirms the cancellation."""
+        self._upto: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self._handed_over = threading.Event()
+        self.listeners = 0
+        """Threads and tasks that wait for the outcome now."""
+        self.heard = False
+        """Whether somebody was told of the failure."""
+
+    def move(self, event: SaveEvent) -> None:
+        """Go on by one transition of the table."""
+        self.state = advance(self.state, event)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the outcome is known."""
+        return self.state in FINAL
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What failed, where something did."""
+        return self.outcome.exception() if self.outcome.done() else None
+
+    def elapsed(self) -> float:
+        """Seconds since the call of ``save()``."""
+        return time.monotonic() - self.started_at
+
+    def stamp(self, name: str) -> None:
+        """Note that a phase ended now."""
+        self.timings[name] = self.elapsed()
+
+    def wait_handed_over(self, timeout: float) -> bool:
+        """Hold the thread until the worker has all that it needs, or the outcome is known."""
+        return self._handed_over.wait(timeout)
+
+    def handed_over(self) -> None:
+        """Note that the worker was sent all that it needs, or needs nothing any more."""
+        self._handed_over.set()
+
+    def note_staged(self, file: int, upto: int) -> None:
+        """Remember how much of a file is staged; from any thread."""
+        with self._lock:
+            self._upto[file] = upto
+
+    def replay(self) -> list[BeginSave | Staged | EndStaging]:
+        """Return what the next worker must hear to go on with this save."""
+        assert self.begin is not None
+        with self._lock:
+            uptos = dict(self._upto)
+        frames: list[BeginSave | Staged | EndStaging] = [self.begin]
+        frames += [Staged(save_id=self.save_id, file=file, upto=upto) for file, upto in sorted(uptos.items())]
+        if self.end is not None:
+            frames.append(self.end)
+        return frames

@@ -1,0 +1,305 @@
+"""The saves in flight on the coordinator's loop: what the worker is told, and what its answers mean."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+import msgspec
+
+from aiockpt.config import Options
+from aiockpt.coordinator import failures
+from aiockpt.coordinator.desk import Desk
+from aiockpt.coordinator.results import Saved
+from aiockpt.coordinator.save_record import SaveRecord
+from aiockpt.errors import CheckpointError, CommitUnknownError, SaveCancelledError, WorkerExitedError
+from aiockpt.format.names import attempt_name, parse_step
+from aiockpt.protocol.lifecycle import SaveEvent, SaveState
+from aiockpt.protocol.messages import Cancel, Committed, EndStaging, Failed, Message, Progress, SlotFree, Staged
+from aiockpt.storage.claim import RunClaim
+from aiockpt.storage.faults import FaultPoint, Faults
+from aiockpt.storage.run_directory import Committed as Known
+from aiockpt.worker.link import Link
+
+__all__ = ["Saves"]
+
+_log = logging.getLogger("aiockpt.save")
+
+MAX_DEATHS = 2
+"""Workers that may die on one save: the second death is most likely the save's own doing."""
+
+
+class Saves:
+    """Moves every open save along its table. All methods run on the loop."""
+
+    def __init__(
+        self, options: Options, desk: Desk, claim: RunClaim, tasks: anyio.abc.TaskGroup, faults: Faults
+    ) -> None:
+        self._options = options
+        self._desk = desk
+        self._claim = claim
+        self._tasks = tasks
+        self._faults = faults
+        self._link: Link | None = None
+        self._limiter = anyio.CapacityLimiter(1)
+        self.checkpoints: dict[int, Known] = {known.step: known for known in claim.checkpoints}
+        """Committed ones by step, newest first; replaced as a whole, so that any thread may read it."""
+        self.counts = dict.fromkeys(("committed", "failed", "cancelled", "committed_nbytes", "dropped"), 0)
+
+    # ---- from the thread that saves, by way of the loop
+
+    def begin(self, save: SaveRecord) -> None:
+        """The slot is the save's and its plan is made: tell the worker."""
+        if save.is_final or save.begin is None:
+            return
+        save.move(SaveEvent.BEGIN)
+        self._send(save.begin)
+
+    def staged(self, save: SaveRecord, file: int, upto: int) -> None:
+        """The first ``upto`` bytes of a file are in the arena."""
+        if save.state is SaveState.STAGING:
+            self._send(Staged(save_id=save.save_id, file=file, upto=upto))
+
+    def staging_done(self, save: SaveRecord, error: BaseException | None) -> None:
+        """All is copied and checked, or staging failed."""
+        save.copying = False
+        if save.is_final or save.cancelling is not None:
+            self._maybe_free(save)
+        elif error is not None:
+            self.give_up(save, error)
+        else:
+            save.move(SaveEvent.STAGING_DONE)
+            save.end = EndStaging(save_id=save.save_id, values=save.values, metadata=save.metadata)
+            self._send(save.end)
+            self._tasks.start_soon(self._hand_over, save)
+            self._faults.at(FaultPoint.TRAINER_STAGED_SENT)
+
+    async def _hand_over(self, save: SaveRecord) -> None:
+        if self._link is not None:
+            await self._link.wait_idle()
+        save.handed_over()
+
+    def cancel(self, save: SaveRecord) -> None:
+        """The user's wish: who cancels knows of it, so nobody else is told."""
+        save.heard = True
+        self.give_up(save, failures.cancelled(save))
+
+    def watch_timeout(self, save: SaveRecord) -> None:
+        """Hold the save to its ``timeout``, counted from the call of ``save()``."""
+        self._tasks.start_soon(self._enforce_timeout, save)
+
+    async def _enforce_timeout(self, save: SaveRecord) -> None:
+        assert save.timeout is not None
+        await anyio.sleep(max(0.0, save.timeout - save.elapsed()))
+        self.give_up(save, failures.timed_out(save))
+
+    def give_up(self, save: SaveRecord, error: BaseException) -> None:
+        """Cancel a save; ``error`` is its outcome unless the worker commits it first."""
+        if save.is_final or save.cancelling is not None or save.state is SaveState.COMMITTING:
+            return
+        save.cancelling = error
+        if save.staging is not None:
+            save.staging.cancel()
+        if save.state is SaveState.PLANNED:  # the worker has not heard of it
+            self._finish(save, error)
+            save.with_worker = False
+            self._maybe_free(save)
+        elif self._link is not None:
+            self._send(Cancel(save_id=save.save_id))
+        # else: worker_down settles it
+
+    # ---- from the worker
+
+    def worker_up(self, link: Link) -> None:
+        """Go on with what is open."""
+        self._link = link
+        for save in self._desk.in_flight():
+            if save.state is not SaveState.PLANNED:
+                for frame in save.replay():
+                    link.send(frame)
+                if save.cancelling is not None:
+                    link.send(Cancel(save_id=save.save_id))
+
+    def worker_says(self, message: Message) -> None:
+        """Take an answer; one for a save that is not open is dropped and counted."""
+        holder = self._desk.holder
+        if isinstance(message, SlotFree) and isinstance(holder, SaveRecord) and holder.save_id == message.save_id:
+            holder.with_worker = False
+            self._maybe_free(holder)
+            return
+        save = self._desk.find(getattr(message, "save_id", ""))
+        if save is None:
+            self.counts["dropped"] += 1
+            return
+        match message:
+            case Progress(state="written") if save.state is SaveState.STAGED:
+                save.move(SaveEvent.FILES_DURABLE)
+            case Progress(state="committing") if save.state is SaveState.WRITTEN:
+                save.move(SaveEvent.COMMIT_BEGUN)
+            case Committed():
+                self._committed(save, message.path, message.nbytes, message.timings, message.pruned)
+            case Failed():
+                self._finish(save, failures.as_exception(message.error, save))
+
+    async def worker_down(self, error: CheckpointError) -> None:
+        """Settle every save that the dead worker had in hand, behind the fence."""
+        self._link = None
+        for save in self._desk.in_flight():
+            if save.state is not SaveState.PLANNED:
+                await self._settle(save, error)
+        holder = self._desk.holder
+        if isinstance(holder, SaveRecord) and holder.is_final:
+            holder.with_worker = False
+            self._maybe_free(holder)
+
+    def forget(self, step: int) -> None:
+        """A checkpoint is gone, or was renamed as bad."""
+        self.checkpoints = {other: known for other, known in self.checkpoints.items() if other != step}
+
+    def fail_all(self, error: CheckpointError) -> None:
+        """There will be no worker: nothing that is open can be saved."""
+        self._link = None
+        for save in self._desk.in_flight():
+            if save.staging is not None:
+                save.staging.cancel()
+            self._finish(save, error.copy())
+            save.with_worker = False
+            self._maybe_free(save)
+
+    # ---- inside
+
+    def _send(self, message: Message) -> None:
+        if self._link is not None:  # else the next worker is told by replay
+            self._link.send(message)
+
+    async def _settle(self, save: SaveRecord, error: CheckpointError) -> None:
+        save.deaths += 1
+        assert save.begin is not None
+        name = attempt_name(save.step, save.save_id, save.begin.attempt)
+        found: Future[Known | None] = Future()
+        returned = anyio.Event()
+
+        def look_and_fence() -> None:
+            try:
+                self._faults.at(FaultPoint.TRAINER_BEFORE_FENCE)
+                self._claim.fence(name)
+                found.set_result(self._claim.find(save.step, save.save_id))
+            except BaseException as exc:  # noqa: BLE001  # it is delivered below
+                found.set_exception(exc)
+
+        async def run() -> None:
+            await anyio.to_thread.run_sync(look_and_fence, limiter=self._limiter)
+            returned.set()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(run)
+            with anyio.move_on_after(self._options.io_timeout):
+                await returned.wait()
+            if not returned.is_set():
+                self._finish(save, self._unknown(save, "the run directory did not answer within io_timeout"))
+            # The task group waits here: no worker starts before the rename has returned.
+        self._settled(save, error, found)
+
+    def _settled(self, save: SaveRecord, error: CheckpointError, found: Future[Known | None]) -> None:
+        if save.is_final:
+            return
+        if found.exception() is not None:
+            self._finish(save, self._unknown(save, str(found.exception())))
+            return
+        known = found.result()
+        if known is not None:
+            self._committed(save, known.path, known.nbytes, {}, [])
+        elif save.cancelling is not None:
+            self._finish(save, save.cancelling)
+        elif save.deaths >= MAX_DEATHS:
+            self._finish(
+                save,
+                WorkerExitedError(
+                    f"step {save.step} was not saved: {save.deaths} workers died on it",
+                    why=error.why,
+                    next="the checkpoint before it stands; look at the worker's log",
+                    exit_status=getattr(error, "exit_status", None),
+                    stderr=getattr(error, "stderr", None),
+                    step=save.step,
+                ),
+            )
+        else:
+            assert save.begin is not None
+            save.begin = msgspec.structs.replace(save.begin, attempt=save.begin.attempt + 1)
+            save.move(SaveEvent.WORKER_DIED)
+
+    def _unknown(self, save: SaveRecord, why: str) -> CommitUnknownError:
+        return CommitUnknownError(
+            f"nobody can say whether step {save.step} was saved",
+            why=why,
+            next="look with steps() once the run directory answers again",
+            step=save.step,
+            path=self._options.run,
+        )
+
+    def _committed(
+        self, save: SaveRecord, path: str, nbytes: int, timings: dict[str, float], pruned: list[str]
+    ) -> None:
+        for event, state in _WAY_TO_COMMIT:
+            if save.state is state:
+                save.move(event)
+        save.stamp("durable")
+        save.timings |= timings
+        gone = {parse_step(name) for name in pruned} | {save.step}
+        assert save.begin is not None
+        new = Known(
+            step=save.step,
+            term=self._claim.term,
+            ordinal=save.begin.ordinal,
+            save_id=save.save_id,
+            nbytes=nbytes,
+            path=path,
+        )
+        others = {step: known for step, known in self.checkpoints.items() if step not in gone}
+        self.checkpoints = {save.step: new, **others}
+        self.counts["committed"] += 1
+        self.counts["committed_nbytes"] += nbytes
+        result = Saved(step=save.step, path=path, nbytes=nbytes, timings=dict(save.timings))
+        _log.info(
+            "step %d saved: %.1f MB, blocked %.0f ms, durable after %.2f s, %s",
+            *(save.step, nbytes / 1e6, save.timings.get("blocked", 0.0) * 1e3, save.timings["durable"], path),
+        )
+        if not save.staged.done():
+            save.staged.set_result(None)
+        save.outcome.set_result(result)
+        save.handed_over()
+        self._desk.remove(save)
+
+    def _finish(self, save: SaveRecord, error: BaseException) -> None:
+        if save.is_final:
+            return
+        is_cancel = isinstance(error, SaveCancelledError)
+        if isinstance(error, CommitUnknownError) and save.state is SaveState.COMMITTING:
+            save.move(SaveEvent.LOSE)
+        elif is_cancel and save.state is not SaveState.COMMITTING:
+            save.move(SaveEvent.CANCEL)
+        else:
+            save.move(SaveEvent.FAIL)
+        self.counts["cancelled" if is_cancel else "failed"] += 1
+        if save.staging is not None:
+            save.staging.cancel()
+        if not save.staged.done():
+            save.staged.set_exception(error)
+        save.outcome.set_exception(error)
+        save.handed_over()
+        self._desk.remove(save)
+
+    def _maybe_free(self, save: SaveRecord) -> None:
+        if not save.with_worker and not save.copying:
+            self._desk.free_slot(save)
+
+
+_WAY_TO_COMMIT = (
+    (SaveEvent.STAGING_DONE, SaveState.STAGING),
+    (SaveEvent.FILES_DURABLE, SaveState.STAGED),
+    (SaveEvent.COMMIT_BEGUN, SaveState.WRITTEN),
+    (SaveEvent.COMMIT_DONE, SaveState.COMMITTING),
+)

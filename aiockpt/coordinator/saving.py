@@ -1,0 +1,312 @@
+"""The half of a save that runs in the calling thread: admit, collect, plan, copy."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any, Literal
+
+from aiockpt.config import Options
+from aiockpt.coordinator.arena_owner import ArenaOwner
+from aiockpt.coordinator.desk import Desk
+from aiockpt.coordinator.loop_thread import LoopThread
+from aiockpt.coordinator.retention import to_prune
+from aiockpt.coordinator.save_record import SaveRecord
+from aiockpt.coordinator.saves import Saves
+from aiockpt.coordinator.schedule import Schedule
+from aiockpt.errors import (
+    CheckpointError,
+    ConfigError,
+    SaveBusyError,
+    SaveCancelledError,
+    StepExistsError,
+    UsageError,
+)
+from aiockpt.planning.local import LocalPlan, PlanCache
+from aiockpt.protocol.lifecycle import SaveEvent
+from aiockpt.protocol.messages import BeginSave
+from aiockpt.staging.arena import ArenaView
+from aiockpt.staging.stager import Stager
+from aiockpt.state.collect import Collected, collect
+from aiockpt.state.values import encode_metadata, encode_values
+from aiockpt.storage.faults import FaultPoint, Faults
+
+__all__ = ["Saving", "WhenBusy"]
+
+_log = logging.getLogger("aiockpt.save")
+
+WhenBusy = Literal["wait", "skip", "raise"]
+
+PATIENCE_SECONDS = 1.0
+"""After which a thread that ``save()`` holds is told why."""
+
+
+class Saving:
+    """Everything that ``save()`` does before it returns; one thread at a time."""
+
+    def __init__(
+        self,
+        options: Options,
+        *,
+        loop: LoopThread,
+        desk: Desk,
+        saves: Saves,
+        arena: ArenaOwner,
+        stager: Stager,
+        schedule: Schedule,
+        highest_ordinal: int,
+        faults: Faults,
+    ) -> None:
+        self._options = options
+        self._loop = loop
+        self._desk = desk
+        self._saves = saves
+        self._arena = arena
+        self._stager = stager
+        self._schedule = schedule
+        self._ordinal = highest_ordinal
+        self._faults = faults
+        self._texts_in: tuple[LocalPlan, ArenaView] | None = None
+        self._busy = threading.Lock()
+        self.plans = PlanCache()
+        self.skipped = 0
+        self.branch: frozenset[str] = frozenset()
+        """Save ids of checkpoints on an abandoned branch, which a save replaces without ``overwrite``."""
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        *,
+        timeout: float | None,
+        when_busy: WhenBusy,
+        overwrite: bool,
+        metadata: Any,
+    ) -> SaveRecord:
+        """Take the snapshot; returns when training may go on.
+
+        Raises:
+            CheckpointError: As DESIGN lists for ``save()`` itself; nothing was begun.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise UsageError(
+                "save() was called while another thread, or a signal handler's victim, is in it",
+                why="a snapshot is taken by one thread at a time",
+                next="save from one thread; from a signal handler call request_save()",
+            )
+        try:
+            return self._save(step, state, timeout, when_busy, overwrite, metadata)
+        finally:
+            self._busy.release()
+
+    def plan(self, state: Mapping[str, Any]) -> LocalPlan:
+        """Return the plan that a save of ``state`` would have."""
+        collected = collect(state)
+        return self.plans.plan(collected.entries, collected.tree, collected.plain_files)
+
+    def _save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        timeout: float | None,
+        when_busy: WhenBusy,
+        overwrite: bool,
+        metadata: Any,
+    ) -> SaveRecord:
+        _check_arguments(step, timeout, when_busy)
+        self._raise_unheard(step)
+        replaces = self._replaces(step, overwrite)
+        encoded_metadata = encode_metadata(metadata)
+        record = SaveRecord(step, overwrite=replaces, timeout=timeout)
+        if not self._admit(record, when_busy):
+            record.move(SaveEvent.SKIP)
+            record.staged.set_result(None)
+            record.outcome.set_result(None)
+            self.skipped += 1
+            return record
+        try:
+            record.overwrite = self._replaces(step, overwrite)  # the save before may have committed it
+            collected = collect(state)
+            record.values = encode_values(collected.values)
+            record.metadata = encoded_metadata
+            plan = self.plans.plan(collected.entries, collected.tree, collected.plain_files)
+        except BaseException:
+            self._desk.free_slot(record)
+            raise
+        self._schedule.saved(time.monotonic())
+        self._desk.add(record)
+        record.timings |= {f"state_dict:{key}": seconds for key, seconds in collected.slow.items()}
+        if timeout is not None:
+            self._loop.post(self._saves.watch_timeout, record)
+        self._stage(record, plan, collected)
+        record.stamp("blocked")
+        return record
+
+    def _stage(self, record: SaveRecord, plan: LocalPlan, collected: Collected) -> None:
+        try:
+            arena = self._arena_for(plan)
+            self._begin(record, plan)
+            fresh = self._texts_in != (plan, arena)
+            self._texts_in = None
+            record.copying = True
+            record.staging = self._stager.stage(
+                plan,
+                collected,
+                arena,
+                write_texts=fresh,
+                step=record.step,
+                on_progress=lambda file, upto: self._progress(record, file, upto),
+                on_done=lambda error: self._done(record, error),
+            )
+            self._texts_in = (plan, arena)
+        except CheckpointError as exc:
+            self._loop.post(self._saves.staging_done, record, exc)
+            if isinstance(exc, (ConfigError, UsageError)):
+                record.heard = True
+                raise
+        except BaseException as exc:
+            stopped = SaveCancelledError(
+                f"the save of step {record.step} was given up", why=f"{exc!r} interrupted save()", step=record.step
+            )
+            record.heard = True
+            self._loop.post(self._saves.staging_done, record, stopped)
+            raise
+
+    def _begin(self, record: SaveRecord, plan: LocalPlan) -> None:
+        self._ordinal += 1
+        known = self._saves.checkpoints
+        steps = to_prune(self._options.keep, list(known), record.step)
+        record.begin = BeginSave(
+            save_id=record.save_id,
+            step=record.step,
+            attempt=0,
+            ordinal=self._ordinal,
+            overwrite=record.overwrite,
+            files=list(plan.files),
+            plan_offset=plan.body_offset,
+            plan_nbytes=plan.body_nbytes,
+            prune=[known[step].path.rpartition("/")[2] for step in steps],
+        )
+        record.with_worker = True
+        self._loop.post(self._saves.begin, record)
+        self._faults.at(FaultPoint.TRAINER_BEGIN_SENT)
+
+    def _progress(self, record: SaveRecord, file: int, upto: int) -> None:
+        record.note_staged(file, upto)
+        self._loop.post(self._saves.staged, record, file, upto)
+
+    def _done(self, record: SaveRecord, error: BaseException | None) -> None:
+        self._faults.at(FaultPoint.TRAINER_COPIED)
+        if error is None:
+            record.stamp("staged")
+            if not record.staged.done():
+                record.staged.set_result(None)
+        self._loop.post(self._saves.staging_done, record, error)
+
+    # ---- before the snapshot
+
+    def _raise_unheard(self, step: int) -> None:
+        unheard = self._desk.take_unheard()
+        if not unheard:
+            return
+        first, *others = unheard
+        self._desk.put_back(others)
+        error = first.failure
+        assert error is not None
+        error.add_note(f"This is the outcome of the save of step {first.step}, which nobody awaited.")
+        error.add_note(f"The save of step {step} was not begun; calling save() again saves.")
+        raise error
+
+    def _replaces(self, step: int, overwrite: bool) -> bool:
+        known = self._saves.checkpoints.get(step)
+        if known is None or overwrite:
+            return overwrite
+        if known.save_id in self.branch:
+            return True
+        raise StepExistsError(
+            f"step {step} was not saved: the run has a checkpoint of it",
+            why=f"{known.path} was committed earlier",
+            next="save another step, or pass overwrite=True",
+            step=step,
+            path=known.path,
+        )
+
+    def _admit(self, record: SaveRecord, when_busy: WhenBusy) -> bool:
+        if self._desk.take_slot(record):
+            return True
+        holder = self._desk.holder
+        busy_step = holder.step if isinstance(holder, SaveRecord) else None
+        if when_busy == "skip":
+            return False
+        if when_busy == "raise":
+            raise SaveBusyError(
+                f"step {record.step} was not saved: the slot is taken",
+                why=f"the save of step {busy_step} is not finished",
+                next='await ckpt.wait_ready() first, save less often, or use when_busy="wait"',
+                step=record.step,
+                busy_step=busy_step,
+            )
+        if not self._desk.wait_slot(
+            record,
+            patience=PATIENCE_SECONDS,
+            timeout=record.timeout,
+            on_slow=lambda: _log.warning(
+                "save(%d) holds its thread: the save of step %s is still being written\n"
+                'next: save less often, await ckpt.wait_ready() before, or use when_busy="skip"',
+                record.step,
+                busy_step,
+            ),
+        ):
+            raise SaveBusyError(
+                f"step {record.step} was not saved: no slot became free within {record.timeout:g} s",
+                why=f"the save of step {busy_step} is not finished",
+                next="give it a longer timeout, or save less often",
+                step=record.step,
+                busy_step=busy_step,
+            )
+        return True
+
+    def _arena_for(self, plan: LocalPlan) -> ArenaView:
+        view = self._arena.view
+        if view is not None and view.nbytes >= plan.arena_nbytes:
+            return view
+        asked: Future[ArenaView] = self._loop.submit(self._arena.ensure, plan.arena_nbytes)
+        try:
+            return asked.result(PATIENCE_SECONDS)
+        except TimeoutError:
+            if asked.done():
+                raise
+            _log.warning(
+                "save() holds its thread: %.1f GB of shared memory are being made\n"
+                "next: call prepare(state) before training, and no save waits for it",
+                plan.arena_nbytes / 1e9,
+            )
+            return asked.result()
+
+
+def _check_arguments(step: object, timeout: object, when_busy: object) -> None:
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1 << 63:
+        raise ConfigError(
+            f"step {step!r} was not saved",
+            why="a step is an int from 0 to 2**63 - 1",
+            next="pass the training step, as in ckpt.save(100, state)",
+            argument="step",
+        )
+    if when_busy not in ("wait", "skip", "raise"):
+        raise ConfigError(
+            f"step {step} was not saved",
+            why=f"when_busy={when_busy!r} is unknown",
+            next='use "wait", "skip" or "raise"',
+            argument="when_busy",
+        )
+    is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+    if timeout is not None and not (is_number and timeout > 0):  # type: ignore[operator]  # is_number says so
+        raise ConfigError(
+            f"step {step} was not saved",
+            why=f"timeout={timeout!r} is no positive number of seconds",
+            next="pass seconds > 0, or None for no limit",
+            argument="timeout",
+        )

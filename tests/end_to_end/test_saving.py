@@ -1,0 +1,274 @@
+"""What ``save()`` does and refuses, through the real worker."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import aiockpt
+from aiockpt import blocking
+from tests.support import Training, is_alive, stopped, wait_until
+
+pytestmark = pytest.mark.process
+
+
+def hold(ckpt: blocking.Checkpointer) -> Any:
+    """Keep the worker from doing anything."""
+    pid = ckpt.statistics().worker_pid
+    assert pid is not None
+    return stopped(pid)
+
+
+STATE: dict[str, Any] = {"x": torch.arange(1000), "n": 1}
+
+
+def test_when_busy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """``skip`` gives None, ``raise`` raises and begins nothing, ``wait`` holds the thread and says why after 1 s."""
+    with blocking.Checkpointer(tmp_path) as ckpt:
+        ckpt.prepare(STATE)
+        with hold(ckpt):
+            first = ckpt.save(0, STATE)
+            skipped = ckpt.save(1, STATE, when_busy="skip")
+            assert skipped.result(1) is None
+            assert skipped.phase == "skipped"
+            with pytest.raises(aiockpt.SaveBusyError) as caught:
+                ckpt.save(2, STATE, when_busy="raise")
+            assert (caught.value.step, caught.value.busy_step) == (2, 0)
+            with pytest.raises(aiockpt.SaveBusyError):
+                ckpt.save(3, STATE, timeout=0.05)
+            assert not first.done()
+            waiting = threading.Thread(target=lambda: ckpt.save(4, STATE))
+            waiting.start()
+            wait_until(lambda: "holds its thread" in caplog.text, "the warning")
+            assert waiting.is_alive()
+        waiting.join(60)
+    assert blocking.steps(tmp_path) == [0, 4]
+
+
+def test_an_existing_step(tmp_path: Path) -> None:
+    """Refused without overwrite; with it the new one replaces the old one as a whole."""
+    with blocking.Checkpointer(tmp_path) as ckpt:
+        ckpt.save(5, {"n": 1}).result(60)
+        with pytest.raises(aiockpt.StepExistsError) as caught:
+            ckpt.save(5, {"n": 2})
+        assert caught.value.step == 5
+        assert "overwrite=True" in str(caught.value)
+        ckpt.save(5, {"n": 3}, overwrite=True).result(60)
+        assert ckpt.load(5) == {"n": 3}
+        with pytest.raises(aiockpt.StepExistsError):
+            ckpt.save(5, {"n": 4})
+    assert [name for name in os.listdir(tmp_path) if name.startswith((".old", ".step"))] == []
+
+
+@pytest.mark.parametrize("step", [-1, 1.0, "1", None, True, 1 << 63])
+def test_bad_steps(step: Any, tmp_path: Path) -> None:
+    """A step is an int >= 0; the error names the argument."""
+    with blocking.Checkpointer(tmp_path) as ckpt:
+        with pytest.raises(aiockpt.ConfigError) as caught:
+            ckpt.save(step, STATE)
+        assert caught.value.argument == "step"
+        assert "why:" in str(caught.value)
+        assert "next:" in str(caught.value)
+
+
+def test_keep_latest(tmp_path: Path) -> None:
+    """Older checkpoints go after a commit, and only then."""
+    with blocking.Checkpointer(tmp_path, keep=aiockpt.Latest(2)) as ckpt:
+        for step in range(5):
+            ckpt.save(step, STATE).result(60)
+            assert ckpt.steps() == list(range(max(0, step - 1), step + 1))
+
+
+def test_cancel_before_the_commit(tmp_path: Path) -> None:
+    """A cancelled save leaves nothing, frees its slot, and is told to nobody but who awaits it."""
+    with blocking.Checkpointer(tmp_path) as ckpt:
+        ckpt.prepare(STATE)
+        with hold(ckpt):
+            save = ckpt.save(0, STATE)
+            save.cancel()
+        with pytest.raises(aiockpt.SaveCancelledError):
+            save.result(60)
+        assert save.phase == "cancelled"
+        ckpt.save(1, STATE).result(60)
+        assert ckpt.steps() == [1]
+    assert [name for name in os.listdir(tmp_path) if name.startswith(".step")] == []
+
+
+def test_cancel_after_the_commit_has_no_effect(tmp_path: Path) -> None:
+    """The outcome says which came first."""
+    with blocking.Checkpointer(tmp_path) as ckpt:
+        save = ckpt.save(0, STATE)
+        save.result(60)
+        save.cancel()
+        assert save.result(60).step == 0
+
+
+def test_timeout_of_a_save(tmp_path: Path) -> None:
+    """``save(timeout=)`` gives the save up, unlike the timeout of a wait; unheard, the next save raises it once."""
+    with blocking.Checkpointer(tmp_path) as ckpt:
+        ckpt.prepare(STATE)
+        with hold(ckpt):
+            save = ckpt.save(0, STATE, timeout=0.1)
+            wait_until(lambda: save._record.cancelling, "the time-out")
+        wait_until(save.done, "the outcome")
+        with pytest.raises(aiockpt.SaveTimeoutError) as caught:
+            ckpt.save(1, STATE)
+        assert (caught.value.step, caught.value.timeout) == (0, 0.1)
+        assert any("step 1 was not begun" in note for note in caught.value.__notes__)
+        ckpt.save(1, STATE).result(60)
+        assert ckpt.steps() == [1]
+
+
+def test_a_failure_that_was_awaited_is_not_told_again(tmp_path: Path) -> None:
+    """Who awaited it knows; neither the next save nor close raises it."""
+    with blocking.Checkpointer(tmp_path) as ckpt:
+        ckpt.prepare(STATE)
+        with hold(ckpt):
+            save = ckpt.save(0, STATE, timeout=0.05)
+            wait_until(lambda: save._record.cancelling, "the time-out")
+        with pytest.raises(aiockpt.SaveTimeoutError):
+            save.result(60)
+        ckpt.save(1, STATE).result(60)
+
+
+def test_close_raises_what_nobody_heard(tmp_path: Path) -> None:
+    """The last save's failure arrives at the end of the block."""
+    with pytest.raises(aiockpt.SaveTimeoutError), blocking.Checkpointer(tmp_path) as ckpt:
+        ckpt.prepare(STATE)
+        with hold(ckpt):
+            save = ckpt.save(0, STATE, timeout=0.05)
+            wait_until(lambda: save._record.cancelling, "the time-out")
+
+
+def test_usage_before_open_and_after_close(tmp_path: Path) -> None:
+    """Every call says what to do instead; closing twice is harmless."""
+    ckpt = blocking.Checkpointer(tmp_path)
+    with pytest.raises(aiockpt.UsageError, match="not open"):
+        ckpt.save(0, STATE)
+    ckpt.open()
+    with pytest.raises(aiockpt.UsageError, match="opened twice"):
+        ckpt.open()
+    ckpt.close()
+    ckpt.close()
+    for call in (lambda: ckpt.save(0, STATE), ckpt.steps, ckpt.wait_ready, ckpt.statistics, lambda: ckpt.restore({})):
+        with pytest.raises(aiockpt.UsageError, match="closed"):
+            call()
+
+
+def test_two_threads_at_once(tmp_path: Path) -> None:
+    """The second thread is refused; the first save is whole."""
+    with blocking.Checkpointer(tmp_path) as ckpt:
+        ckpt.prepare(STATE)
+        refused: list[BaseException] = []
+        inside = threading.Event()
+        go_on = threading.Event()
+
+        class Slow:
+            def state_dict(self) -> dict[str, int]:
+                inside.set()
+                go_on.wait(60)
+                return {"n": 1}
+
+            def load_state_dict(self, state: dict[str, int]) -> None: ...
+
+        thread = threading.Thread(target=lambda: ckpt.save(0, {"slow": Slow()}))
+        thread.start()
+        assert inside.wait(60)
+        try:
+            ckpt.save(1, STATE)
+        except aiockpt.UsageError as exc:
+            refused.append(exc)
+        go_on.set()
+        thread.join(60)
+        ckpt.wait_idle()
+        assert len(refused) == 1
+        assert ckpt.steps() == [0]
+
+
+def test_a_second_job_on_the_run(tmp_path: Path) -> None:
+    """One writer per run, in one process too; the error names the owner."""
+    with blocking.Checkpointer(tmp_path) as ckpt:
+        with pytest.raises(aiockpt.ConfigError) as caught:
+            blocking.Checkpointer(tmp_path / "." / "").open()
+        assert caught.value.path is not None
+        ckpt.save(0, STATE).result(60)
+    with blocking.Checkpointer(tmp_path) as again:
+        assert again.steps() == [0]
+
+
+def test_forked_child(tmp_path: Path) -> None:
+    """In a forked child every call is a UsageError, and the parent goes on unharmed."""
+    with blocking.Checkpointer(tmp_path) as ckpt:
+        ckpt.save(0, STATE).result(60)
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                ckpt.save(1, STATE)
+                outcome = b"saved"
+            except aiockpt.UsageError:
+                outcome = b"refused"
+            except BaseException as exc:  # noqa: BLE001
+                outcome = repr(exc).encode()
+            os.write(write, outcome)
+            os._exit(0)
+        os.close(write)
+        assert os.read(read, 1000) == b"refused"
+        os.close(read)
+        os.waitpid(pid, 0)
+        ckpt.save(2, STATE).result(60)
+        assert ckpt.steps() == [0, 2]
+
+
+def test_due_and_request_save(tmp_path: Path) -> None:
+    """A request stands until a save begins; it is safe in a signal handler."""
+    with blocking.Checkpointer(tmp_path, every=aiockpt.Every(steps=10)) as ckpt:
+        assert ckpt.due(0) is None
+        assert ckpt.due(9) == "every 10 steps"
+        ckpt.request_save("SIGTERM")
+        assert ckpt.due(1) == ckpt.due(2) == "SIGTERM"
+        ckpt.save(2, STATE).result(60)
+        assert ckpt.due(3) is None
+
+
+def test_one_line_per_commit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """INFO is one line per checkpoint."""
+    with caplog.at_level(logging.INFO, "aiockpt"), blocking.Checkpointer(tmp_path) as ckpt:
+        ckpt.save(0, STATE).result(60)
+        assert sum("step 0 saved" in record.message for record in caplog.records) == 1
+
+
+def test_statistics(tmp_path: Path) -> None:
+    """The counters count; a loop over one state makes one plan."""
+    training = Training()
+    training.step()
+    with blocking.Checkpointer(tmp_path) as ckpt:
+        for step in range(3):
+            ckpt.save(step, training.state).result(60)
+            training.step()
+        found = ckpt.statistics()
+        assert (found.committed, found.failed, found.plans, found.worker_restarts) == (3, 0, 1, 0)
+        assert found.arena_nbytes > 0
+        assert found.worker_pid is not None
+        assert is_alive(found.worker_pid)
+
+
+def test_growing_and_shrinking_states(tmp_path: Path) -> None:
+    """A larger state gets a larger arena, a smaller one uses the one that is there."""
+    with blocking.Checkpointer(tmp_path) as ckpt:
+        for step, count in enumerate((10, 100_000, 7, 0, 200_000)):
+            ckpt.save(step, {"x": torch.arange(count)}).result(60)
+            assert torch.equal(ckpt.load(step)["x"], torch.arange(count))
+
+
+def test_an_empty_state(tmp_path: Path) -> None:
+    """Nothing to save is a checkpoint too."""
+    with blocking.Checkpointer(tmp_path) as ckpt:
+        ckpt.save(0, {}).result(60)
+        assert ckpt.load(0) == {}
