@@ -244,17 +244,18 @@ class _Collector:
             self.result.objects.append(Found(path, item, None))
         start = time.perf_counter()
         state = read_object(item, path)
-        self._note_time(path, time.perf_counter() - start)
+        self._note_time(path, time.perf_counter() - start, SLOW_SECONDS)
         return self._whole(state, path)
 
-    def _note_time(self, path: Segments, seconds: float) -> None:
-        if seconds > SLOW_SECONDS:
+    def _note_time(self, path: Segments, seconds: float, allowed: float) -> None:
+        if seconds > allowed:
             self.result.slow[dotted(path)] = seconds
 
     def _module(self, module: nn.Module, path: Segments) -> Node:
         start = time.perf_counter()
         read = read_module(module, path)
-        self._note_time(path, time.perf_counter() - start - _SLOW_SECONDS_PER_ITEM * len(read.items))
+        allowed = SLOW_SECONDS + _SLOW_SECONDS_PER_ITEM * len(read.items)
+        self._note_time(path, time.perf_counter() - start, allowed)
         self.result.objects.append(Found(path, module, read))
         add_module_names(self._names, read.places, path)
         for name, content in config_files(module).items():

@@ -11,7 +11,7 @@ from torch import nn
 from aiockpt.format.names import Segments, dotted
 from aiockpt.format.values import MAX_DEPTH
 from aiockpt.state.modules import Place, places, unwrap
-from aiockpt.state.values import key_segment
+from aiockpt.state.values import key_segment, too_deep
 
 __all__ = ["add_module_names", "add_name", "parameter_names"]
 
@@ -23,7 +23,7 @@ def parameter_names(state: Mapping[Any, Any]) -> dict[int, str]:
     several names has the first in sorted order: ``model.layers.0.weight``. The ids are valid while the state lives.
 
     Raises:
-        UnsupportedValueError: A mapping has a key that no checkpoint keeps, or a module holds itself.
+        UnsupportedValueError: A mapping has a key that no checkpoint keeps, or a module or container holds itself.
     """
     names: dict[int, str] = {}
 
@@ -32,10 +32,12 @@ def parameter_names(state: Mapping[Any, Any]) -> dict[int, str]:
             add_module_names(names, places(unwrap(item), path), path)
         elif isinstance(item, torch.Tensor):
             add_name(names, item, dotted(path))
-        elif isinstance(item, Mapping) and depth < MAX_DEPTH:
+        elif depth > MAX_DEPTH:
+            raise too_deep(item, path)
+        elif isinstance(item, Mapping):
             for key, child in item.items():
                 visit(child, (*path, key_segment(key, path)), depth + 1)
-        elif type(item) in (list, tuple) and depth < MAX_DEPTH:
+        elif type(item) in (list, tuple):
             for index, child in enumerate(item):
                 visit(child, (*path, str(index)), depth + 1)
 
