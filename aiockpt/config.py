@@ -13,6 +13,7 @@ __all__ = ["Every", "Latest", "Options", "RestartPolicy", "Snapshot"]
 
 Snapshot = Literal["guarded", "inline"]
 
+_LARGEST_COUNT = (1 << 63) - 1
 _LONGEST_SECONDS = 1e9
 """32 years; the waits of the operating system take no infinity, and threads no more than 292 years."""
 
@@ -21,15 +22,25 @@ def _refuse(argument: str, why: str, next: str) -> ConfigError:
     return ConfigError(f"{argument} was refused", why=why, next=next, argument=argument)
 
 
-def _check_count(argument: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _refuse(argument, f"{value!r} is not a whole number of at least 1", f"give {argument} an int >= 1")
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001  # the user's code; and an int of 5,000 digits has no repr
+        return f"a {type(value).__qualname__}"
+    return text if len(text) <= 200 else text[:200] + "…"
+
+
+def _check_count(argument: str, value: object, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _LARGEST_COUNT:
+        raise _refuse(
+            argument, f"{_shown(value)} is not a whole number of at least {least}", f"give {argument} an int >= {least}"
+        )
 
 
 def _check_number(argument: str, value: object, otherwise: str = "", *, or_zero: bool = False) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not (0 < value <= _LONGEST_SECONDS or (or_zero and value == 0)):  # type: ignore[operator]
-        raise _refuse(argument, f"{value!r} is not a finite positive number", f"give a number > 0{otherwise}")
+        raise _refuse(argument, f"{_shown(value)} is not a finite positive number", f"give a number > 0{otherwise}")
 
 
 def _absolute(run: object) -> str:
@@ -38,11 +49,11 @@ def _absolute(run: object) -> str:
         path.encode("utf-8")  # it travels to the worker, and into JSON, as text
         if path and "\0" not in path:
             return str(os.path.abspath(path))
-        why = f"{run!r} is not the path of a directory"
+        why = f"{_shown(run)} is not the path of a directory"
     except (TypeError, AttributeError, UnicodeEncodeError):  # bytes have no encode
-        why = f"{run!r} is not the path of a directory as text"
+        why = f"{_shown(run)} is not the path of a directory as text"
     except FileNotFoundError:
-        why = f"{run!r} is relative, and the working directory was removed"
+        why = f"{_shown(run)} is relative, and the working directory was removed"
     raise _refuse("run", why, 'give a path, as in Checkpointer("runs/exp1")')
 
 
@@ -84,12 +95,11 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     immediate: most deaths are single."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.tries, bool) or not isinstance(self.tries, int) or self.tries < 0:
-            raise _refuse("RestartPolicy(tries)", f"{self.tries!r} is not an int >= 0", "give 0 for no restart")
+        _check_count("RestartPolicy(tries)", self.tries, 0)
         _check_number("RestartPolicy(window)", self.window)
         if not isinstance(self.delays, tuple) or not self.delays:
             raise _refuse(
-                "RestartPolicy(delays)", f"{self.delays!r} is no tuple of seconds", "give one, as in (0, 0.5)"
+                "RestartPolicy(delays)", f"{_shown(self.delays)} is no tuple of seconds", "give one, as in (0, 0.5)"
             )
         for delay in self.delays:
             _check_number("RestartPolicy(delays)", delay, ", or 0 for at once", or_zero=True)
@@ -140,13 +150,15 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         for argument, kind in (("keep", Latest), ("every", Every)):
             value = getattr(self, argument)
             if value is not None and not isinstance(value, kind):
-                raise _refuse(argument, f"{value!r} is no {kind.__name__}", f"give aiockpt.{kind.__name__}(…), or None")
+                raise _refuse(
+                    argument, f"{_shown(value)} is no {kind.__name__}", f"give aiockpt.{kind.__name__}(…), or None"
+                )
         if not isinstance(self.snapshot, str) or self.snapshot not in ("guarded", "inline"):
-            raise _refuse("snapshot", f"{self.snapshot!r} is unknown", 'give "guarded" or "inline"')
+            raise _refuse("snapshot", f"{_shown(self.snapshot)} is unknown", 'give "guarded" or "inline"')
         if self.capacity is not None:
             _check_count("capacity", self.capacity)
         if not isinstance(self.restart, RestartPolicy):
-            raise _refuse("restart", f"{self.restart!r} is no RestartPolicy", "give aiockpt.RestartPolicy(…)")
+            raise _refuse("restart", f"{_shown(self.restart)} is no RestartPolicy", "give aiockpt.RestartPolicy(…)")
         for argument in ("start_timeout", "stall_timeout", "io_timeout", "linger_timeout", "close_timeout"):
             value = getattr(self, argument)
             if value is not None:

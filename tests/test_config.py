@@ -16,7 +16,7 @@ from aiockpt.errors import ConfigError
 
 TIMEOUTS = ["start_timeout", "stall_timeout", "io_timeout", "linger_timeout", "close_timeout"]
 NO_SECONDS: list[Any] = [0, -1, -0.5, math.nan, math.inf, -math.inf, 1e12, True, "60", b"60", [60], 1j]
-NO_COUNT: list[Any] = [0, -1, 1.0, True, "3", None, math.nan]
+NO_COUNT: list[Any] = [0, -1, 1.0, True, "3", None, math.nan, 1 << 63]
 
 
 def refused(make: Callable[[], object]) -> ConfigError:
@@ -31,6 +31,20 @@ def refused(make: Callable[[], object]) -> ConfigError:
     assert str(error) == f"{error.what}\nwhy: {error.why}\nnext: {error.next}"
     assert error.what.startswith(error.argument)
     return error
+
+
+class Silent:
+    """Its text is user's code that fails."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+@pytest.mark.parametrize("value", [10**5000, Silent(), "x" * 100_000], ids=["huge int", "no repr", "long"])
+@pytest.mark.parametrize("argument", ["capacity", "keep", "every", "snapshot", "restart", "io_timeout"])
+def test_values_that_cannot_be_shown(argument: str, value: Any) -> None:
+    """An argument whose text fails or floods is refused like others."""
+    assert len(str(refused(lambda: Options.make("run", **{argument: value})))) < 500
 
 
 def names(values: list[Any]) -> list[str]:

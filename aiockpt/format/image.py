@@ -158,7 +158,8 @@ def fill_sums(header: bytearray, sums_at: int, sums: Sequence[int]) -> None:
     """
     digits = "".join(f"{value:016x}" for value in sums).encode()
     stop = sums_at + len(digits)
-    if header[sums_at - 1 : sums_at] != b":" or header[stop : stop + 1] != b'"':
+    place = bytes(header[sums_at - 1 : stop + 1])
+    if place[:1] + place[-1:] != b':"' or (sums and not place[1:-1].isalnum()):
         raise ValueError(f"{len(sums)} checksums do not fill their place in the header")
     header[sums_at:stop] = digits
 

@@ -28,8 +28,8 @@ Decoders = Mapping[str, Callable[[Any], Any]]
 
 MAX_DEPTH = 100
 """Of nested containers. One takes up to three levels of JSON and four calls, and Python's stack has 1,000 in all."""
-MAX_ITEMS = 4 << 20
-"""In all containers of a value, shared ones counted wherever they stand: at two bytes each they fill the 8 MiB that
+MAX_ITEMS = 1 << 20
+"""In all containers of a value, shared ones counted wherever they stand: at eight bytes each they fill the 8 MiB that
 the values of a rank may take. Lists that hold the same list twice, and so on, would take for ever otherwise."""
 
 FACTORIES: dict[str, Callable[[], Any]] = {"list": list, "dict": dict, "int": int, "float": float}
@@ -146,8 +146,9 @@ _SHOWN_DEPTH = 16
 def _segment(key: object) -> str:
     if type(key) is str:
         return key
-    # Not the repr of anything else: it is the user's code, and may be long.
-    return repr(key) if type(key) in (int, float, bool, type(None)) else f"<{type(key).__qualname__}>"
+    # Not the repr of anything else: it is the user's code, may be long, and of a huge int there is none.
+    short = key is None or type(key) in (bool, float) or (type(key) is int and abs(key) < 1 << 64)
+    return repr(key) if short else f"<{type(key).__qualname__}>"
 
 
 def _why_not(kind: type) -> str:
