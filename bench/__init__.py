@@ -1,0 +1,1 @@
+"""Benchmarks: one command per question, floors and peers measured in the same run."""

@@ -1,0 +1,1 @@
+"""The peers, one small file each, in their best documented configuration."""

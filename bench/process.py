@@ -1,0 +1,124 @@
+"""The parent's hold on the process of one system."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+__all__ = ["EntrantFailedError", "EntrantProcess"]
+
+_ANSWER_TIMEOUT = 900.0
+"""Seconds for one answer: a peer that hangs is skipped, the others are measured."""
+_LAST_WORDS = 300
+
+
+class EntrantFailedError(Exception):
+    """The process died, hung, or raised; the text says why in one line."""
+
+
+class EntrantProcess:
+    """Runs ``bench.child`` for one system; a context manager that leaves no process behind."""
+
+    def __init__(self, place: str, *, question: str, state: str, size: int, directory: Path) -> None:
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process
+        reading, writing = os.pipe()
+        self._replies = os.fdopen(reading, "rb", buffering=0)
+        arguments = {"place": place, "question": question, "state": state, "size": size, "dir": directory}
+        command = [sys.executable, "-m", "bench.child", "--reply-fd", str(writing)]
+        command += [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
+        try:
+            # A session of its own: the peers' own children can then be ended with it.
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=self._log,
+                stderr=self._log,
+                pass_fds=(writing,),
+                start_new_session=True,
+                cwd=Path(__file__).resolve().parent.parent,
+            )
+        finally:
+            os.close(writing)
+        self._buffer = b""
+
+    @property
+    def pid(self) -> int:
+        """The trainer's process id."""
+        return self._process.pid
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self._end()
+
+    def ask(self, command: str) -> dict[str, Any]:
+        """Send a command and wait for its answer.
+
+        Raises:
+            EntrantFailedError: None came.
+        """
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(f"{command}\n".encode())
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._failure("its process ended") from None
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """Wait for the next answer; the first comes by itself, when the system is open.
+
+        Raises:
+            EntrantFailedError: None came.
+        """
+        deadline = time.monotonic() + _ANSWER_TIMEOUT
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._replies], [], [], left)[0]:
+                raise self._failure(f"it did not answer within {_ANSWER_TIMEOUT:.0f} s")
+            data = self._replies.read(65536)
+            if not data:
+                raise self._failure("its process ended")
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """Let the system close and its process end."""
+        with contextlib.suppress(EntrantFailedError):
+            self.ask("close")
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(60)
+
+    def _failure(self, what: str) -> EntrantFailedError:
+        """Say what happened with the last line that the process wrote, which is the exception's of a traceback."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        raised = [line for line in lines if "Error" in line.split(":")[0]]
+        last = (raised or lines or [""])[-1]
+        return EntrantFailedError(f"{what}: {last[:_LAST_WORDS]}" if last else what)
+
+    def _end(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for stream in (self._process.stdin, self._replies, self._log):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()

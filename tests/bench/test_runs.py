@@ -1,0 +1,115 @@
+"""Whole benchmarks, small."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import floors, runner
+from bench.entrant import OURS, SAVES, Key
+from bench.memory import PeakSampler, tree_of
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
+
+
+def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bench", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280)
+
+
+def test_save_with_a_peer_writes_every_figure(tmp_path: Path) -> None:
+    """Ours in three cases and one peer; the JSON has all fields of each row, nothing stays in the directory."""
+    report = tmp_path / "x.json"
+    scratch = tmp_path / "scratch"
+    done = bench(
+        "save", "--size", "4MiB", "--rounds", "2", "--peers", "safetensors", "--dir", scratch, "--json", report
+    )
+    assert done.returncode == 0, done.stderr
+    content = json.loads(report.read_text())
+    assert [(row["system"], row["case"]) for row in content["rows"]] == [
+        ("aiockpt", "guarded"),
+        ("aiockpt", "inline"),
+        ("aiockpt", "first save after prepare"),
+        ("safetensors", "save_file, fsync"),
+    ]
+    assert content["skipped"] == []
+    for row in content["rows"]:
+        assert 0 < row["blocked_s_min"] <= row["blocked_s"] <= row["durable_s"] <= row["durable_s_max"]
+        assert row["peak_pss_bytes"] > 4 << 20
+        assert row["rounds"] >= 2
+    guarded = content["rows"][0]
+    assert 0 < guarded["open_fds"] <= 16
+    assert guarded["start_s"] > 0
+    assert guarded["worker_bytes"] > 0
+    assert content["floors"]["write_gbps"] > 0
+    assert list(scratch.iterdir()) == []
+
+
+def test_restore_says_how_the_cache_was_treated(tmp_path: Path) -> None:
+    """Ours and torch.load; where the page cache cannot be dropped there is a note."""
+    report = tmp_path / "x.json"
+    done = bench(
+        "restore", "--size", "4MiB", "--rounds", "2", "--peers", "torch.load", "--dir", tmp_path, "--json", report
+    )
+    assert done.returncode == 0, done.stderr
+    content = json.loads(report.read_text())
+    assert [row["system"] for row in content["rows"]] == ["aiockpt", "torch.load"]
+    dropped = os.access("/proc/sys/vm/drop_caches", os.W_OK)
+    assert dropped or any("page cache" in note for note in content["notes"])
+
+
+def test_a_missing_peer_is_skipped_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are measured; the reason is the ImportError's."""
+    missing = Key("nobody", "default")
+    monkeypatch.setattr(runner, "SAVES", {OURS: SAVES[OURS], missing: "bench.peers.nobody:Nobody"})
+    plan = runner.Plan("save", "gpt", 1 << 20, 1, 1, tmp_path, None)
+    outcome = runner.run(plan, lambda _: None)
+    assert [measured.key for measured in outcome.measured] == [OURS]
+    (skipped,) = outcome.skipped
+    assert skipped["system"] == "nobody"
+    assert "No module named 'bench.peers.nobody'" in skipped["why"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [("save", "--peers", "nobody"), ("save", "--size", "many"), ("nothing",), ("save", "--rounds", "0")]
+)
+def test_bad_arguments_exit_with_2(arguments: tuple[str, ...]) -> None:
+    """Before anything is measured."""
+    done = bench(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+def test_a_floor_has_a_rate_for_each_number_of_threads(tmp_path: Path) -> None:
+    """And leaves no file."""
+    sample = floors.sample(1 << 20, tmp_path)
+    assert {name: list(rates) for name, rates in sample.items()} == {
+        "memcpy_gbps": ["1", "2"],
+        "write_gbps": ["1", "2", "4", "8"],
+        "read_gbps": ["1", "2", "4", "8"],
+    }
+    assert all(rate > 0 for rates in sample.values() for rate in rates.values())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_sampler_counts_children() -> None:
+    """The peak of a process tree has the child's memory, which is also shown apart."""
+    code = "import os, sys; data = bytearray(32 << 20); print(flush=True); sys.stdin.read()"
+    with PeakSampler(os.getpid()) as peak:
+        child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert child.pid in tree_of(os.getpid())
+    child.communicate()
+    assert peak.peak_child_bytes > 32 << 20
+    assert peak.peak_pss_bytes > peak.peak_child_bytes
+    assert peak.peak_fds > 0
