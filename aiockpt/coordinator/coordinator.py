@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import os
 import time
@@ -295,10 +296,10 @@ class Coordinator:
         if drain:
             with anyio.move_on_at(deadline):
                 await self.wait_for(self._desk.when_idle(), self._left)
-            why = "the wait was interrupted" if self._left.is_set() else "close_timeout passed"
-        for save in self._desk.in_flight():
-            self._saves.give_up(save, failures.abandoned(save, why))
-        if not self._left.is_set():
+            why = "close_timeout passed"
+        if not self._left.is_set():  # else the worker is to finish what is staged
+            for save in self._desk.in_flight():
+                self._saves.give_up(save, failures.abandoned(save, why))
             with anyio.move_on_after(ABANDON_SECONDS):
                 await self.wait_for(self._desk.when_idle())
         self._saves.fail_all(failures.closed())
@@ -321,8 +322,10 @@ class Coordinator:
         """The interpreter ends without close: see that the worker has everything, then let go."""
         if self._loop is None or self._pid != os.getpid():
             return
-        if not self._closing:
-            warnings.warn(f"unclosed Checkpointer of {self.options.run}", ResourceWarning, stacklevel=2)
+        if self._closing:
+            concurrent.futures.wait([self._loop.ended], EXIT_SECONDS)
+            return
+        warnings.warn(f"unclosed Checkpointer of {self.options.run}", ResourceWarning, stacklevel=2)
         deadline = time.monotonic() + EXIT_SECONDS
         for save in self._desk.in_flight():
             save.wait_handed_over(max(0.0, deadline - time.monotonic()))

@@ -41,7 +41,12 @@ class Restoring:
 
     def read(self, targets: Targets, *, step: int | None, strict: bool) -> RestoreOutcome | None:
         """Choose a checkpoint and read it into the live tensors."""
-        return restore_run(self._run, targets, step=step, strict=strict, on_bad=self._mark_bad)
+        outcome = restore_run(self._run, targets, step=step, strict=strict, on_bad=self._mark_bad)
+        # Only once an older one is restored: without it these are all there is, and the run must not look empty.
+        for unreadable in list(self._claim.bad):
+            if outcome is not None and unreadable.step in outcome.skipped:
+                self._claim.mark_bad(unreadable, unreadable.why)
+        return outcome
 
     def finish(self, outcome: RestoreOutcome | None) -> Restored | None:
         """Give objects and containers their values, and begin the branch that goes on from here."""

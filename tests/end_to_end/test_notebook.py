@@ -9,8 +9,6 @@ import pytest
 from aiockpt import blocking
 from tests.support import ROOT
 
-pytestmark = pytest.mark.process
-
 SETUP = "import sys; sys.path.insert(0, {root!r})\nimport torch, aiockpt"
 CELLS = {
     "async": [
