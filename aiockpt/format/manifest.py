@@ -45,7 +45,7 @@ _Number = Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP)]
 class Head(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What tells checkpoints of a run apart. Newest is the highest (term, ordinal), not the highest step."""
 
-    format: int = FORMAT_VERSION
+    format: Annotated[int, msgspec.Meta(ge=1)] = FORMAT_VERSION
     step: _Number
     term: _Number
     ordinal: _Number
