@@ -155,16 +155,23 @@ class RunClaim:
         for name in names:
             if parse_attempt(name) is not None:
                 self._to_trash(name)
-        for name in names:
-            old = parse_old(name)
-            if old is None:
-                continue
-            if step_name(old.step) in names:
+        for name, step in self._replaced(names):
+            if step_name(step) in names:
                 self._to_trash(name)
             else:
-                os.rename(name, step_name(old.step), src_dir_fd=self._run_fd, dst_dir_fd=self._run_fd)
-                names.append(step_name(old.step))
+                os.rename(name, step_name(step), src_dir_fd=self._run_fd, dst_dir_fd=self._run_fd)
+                names.append(step_name(step))
         sync_dir(self._run_fd)
+
+    def _replaced(self, names: list[str]) -> list[tuple[str, int]]:
+        """Return replaced checkpoints and their steps, the newest first: of several of one step it comes back."""
+        found = []
+        for name in names:
+            old = parse_old(name)
+            if old is not None:
+                known = find_committed(self._run_fd, self.run, old.step, name=name)
+                found.append(((known.term, known.ordinal) if known else (-1, -1), name, old.step))
+        return [(name, step) for _, name, step in sorted(found, reverse=True)]
 
     def _to_trash(self, name: str) -> None:
         trash = to_trash(self._run_fd, name)

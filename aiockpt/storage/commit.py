@@ -10,8 +10,7 @@ import errno
 import fcntl
 import os
 import secrets
-import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from aiockpt.errors import CommitUnknownError, StepExistsError
 from aiockpt.format.names import MANIFEST_NAME, old_name, step_name, trash_name
@@ -22,8 +21,6 @@ from aiockpt.storage.run_directory import Committed, find_committed, highest_ter
 
 __all__ = ["make_attempt", "publish", "remove_tree", "retire", "to_trash", "write_manifest"]
 
-_REMOVALS = 5
-"""Tries, where others remove the same tree."""
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -260,14 +257,33 @@ def remove_tree(run_fd: int, name: str, *, faults: Faults = NO_FAULTS) -> bool:
     """
     with storage_errors("a directory was not removed", name, fd=run_fd):
         faults.at(FaultPoint.WORKER_REMOVE, name)
-        for _ in range(_REMOVALS):
-            try:
-                shutil.rmtree(name, dir_fd=run_fd)
-            except FileNotFoundError:  # of the whole, or of a part that somebody else removes at the same time
-                if not os.access(name, os.F_OK, dir_fd=run_fd, follow_symlinks=False):
-                    return False
-                continue
-            except NotADirectoryError:
-                os.unlink(name, dir_fd=run_fd)
-            return True
-        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return _remove(run_fd, name)
+
+
+def _remove(dir_fd: int, name: str) -> bool:
+    """Remove a name and what is below it; what others remove at the same time is not missed."""
+    # Our own, because shutil.rmtree fails where another process removes a part of the same tree.
+    try:
+        fd = os.open(name, _OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=dir_fd)
+    except FileNotFoundError:
+        return False
+    except OSError as exc:
+        if exc.errno not in (errno.ENOTDIR, errno.ELOOP):
+            raise
+        return _unless_missing(os.unlink, name, dir_fd)
+    try:
+        with os.scandir(fd) as entries:
+            names = [entry.name for entry in entries]
+        for below in names:
+            _remove(fd, below)
+    finally:
+        os.close(fd)
+    return _unless_missing(os.rmdir, name, dir_fd)
+
+
+def _unless_missing(remove: Callable[..., None], name: str, dir_fd: int) -> bool:
+    try:
+        remove(name, dir_fd=dir_fd)
+    except FileNotFoundError:
+        return False
+    return True

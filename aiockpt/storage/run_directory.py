@@ -129,20 +129,22 @@ def _damaged(path: str, step: int, why: str) -> CheckpointCorruptError:
     )
 
 
-def find_committed(run_fd: int, run: str, step: int) -> Committed | None:
+def find_committed(run_fd: int, run: str, step: int, *, name: str = "") -> Committed | None:
     """Return the checkpoint that stands as ``step-N``, None where none does or it has no usable head.
 
     Args:
         run_fd: The run directory.
         run: Its absolute path, for the result.
         step: Training step.
+        name: Of the directory, where it is another one.
 
     Raises:
         StorageError: It cannot be read.
         ConfigError: It is of a newer format.
     """
+    name = name or step_name(step)
     try:
-        return _read_head(run_fd, step_name(step), step, f"{run}/{step_name(step)}")
+        return _read_head(run_fd, name, step, f"{run}/{name}")
     except CheckpointCorruptError:
         return None
 

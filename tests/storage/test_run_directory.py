@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -121,11 +122,12 @@ def test_looking_for_one(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def long_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path = tmp_path_factory.mktemp("long")
     for step in range(10_000):
         write_head(path, step, ordinal=step)
-    return path
+    yield path
+    shutil.rmtree(path)
 
 
 def _best_scan_seconds(path: Path) -> float:
