@@ -120,7 +120,7 @@ def lay_out(tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None = 
 
     Raises:
         ValueError: A name stands twice or is ``__metadata__``, a dtype or shape is none, a key of ``metadata`` is
-            ours, or text is no UTF-8.
+            ours, text is no UTF-8, or no reader would take so long a header.
     """
     sizes = [nbytes_of(dtype, shape) for _, dtype, shape in tensors]
     order = sorted(range(len(tensors)), key=lambda i: (-BITS[tensors[i].dtype], tensors[i].name.encode("utf-8")))
@@ -138,6 +138,8 @@ def lay_out(tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None = 
     if metadata and not metadata.keys().isdisjoint(("format", BLOCKS_KEY)):
         raise ValueError(f"the keys format and {BLOCKS_KEY} of the metadata are not the caller's")
     blocks = block_count(position)
+    if blocks * _SUM_DIGITS > _MOST_HEADER_NBYTES // 2:
+        raise ValueError(f"a file of {position} bytes has more checksums than a header takes")
     # The checksums are the last text, so that their place is known whatever stands in front.
     texts = {"format": "pt", **(metadata or {}), BLOCKS_KEY: f"xxh3-64:{BLOCK_NBYTES}:" + "0" * (_SUM_DIGITS * blocks)}
     head = b'{"%b":%b' % (METADATA_KEY.encode(), msgspec.json.encode(texts))
@@ -145,6 +147,8 @@ def lay_out(tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None = 
     body = msgspec.json.encode(spans)[1:]
     text = head + (b"," if spans else b"") + body
     data_start = round_up(_LENGTH.size + len(text))
+    if data_start > _MOST_HEADER_NBYTES:
+        raise ValueError(f"a header of {data_start} bytes is longer than readers take")
     header = _LENGTH.pack(data_start - _LENGTH.size) + text.ljust(data_start - _LENGTH.size)
     offsets = tuple(data_start + start for start in starts)
     return ImageLayout(header, data_start, data_start + position, sums_at, tuple(order), offsets)

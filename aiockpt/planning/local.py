@@ -21,8 +21,10 @@ from aiockpt.format.names import INDEX_NAME, Segments, dotted, file_name, shard_
 from aiockpt.format.tree import Node, renumber
 from aiockpt.protocol.messages import FileImage
 
-__all__ = ["MAX_FILE_ENTRIES", "MAX_NAME_LENGTH", "Entry", "LocalPlan", "PlanCache", "plan_local"]
+__all__ = ["MAX_DATA_NBYTES", "MAX_FILE_ENTRIES", "MAX_NAME_LENGTH", "Entry", "LocalPlan", "PlanCache", "plan_local"]
 
+MAX_DATA_NBYTES = 32 << 40
+"""Of all tensors of a rank. No host has that much memory, but an expanded tensor of one element may claim it."""
 MAX_FILE_ENTRIES = 100_000
 """Tensors in one file: a reader that wants one of them parses the header of all."""
 MAX_NAME_LENGTH = 16 << 10
@@ -88,13 +90,15 @@ def plan_local(
 
     Raises:
         UnsupportedValueError: Two entries have the same dotted name (names both), a name cannot stand in a
-            safetensors file, or the tree is nested too deep.
+            safetensors file, the tensors take more than ``MAX_DATA_NBYTES`` (names the largest), or the tree is
+            nested too deep.
         ValueError: An entry's dtype and shape are none, or a plain file has the path of another file.
     """
     canonical = sorted(range(len(entries)), key=lambda i: sort_key(entries[i].segments))
     _check_names(entries, canonical)
     folders = _group_by_folder(entries, canonical)
     builder = _Builder(entries)
+    _check_sizes(entries, builder.sizes)
     for folder in sorted(folders):
         builder.add_folder(folder, list(builder.cut(folders[folder], max_file_entries, max_header_nbytes)))
     for path, content in sorted((plain_files or {}).items()):
@@ -149,8 +153,15 @@ def _check_names(entries: Sequence[Entry], canonical: Sequence[int]) -> None:
             raise _unfit(name, "its name has lone surrogates, and no UTF-8")
 
 
-def _unfit(key: str, why: str) -> UnsupportedValueError:
-    return UnsupportedValueError(f"{key!r} cannot be saved", why=why, next="rename or rearrange its keys", key=key)
+def _check_sizes(entries: Sequence[Entry], sizes: Sequence[int]) -> None:
+    if sum(sizes) > MAX_DATA_NBYTES:
+        largest = max(range(len(sizes)), key=sizes.__getitem__)
+        why = f"all tensors take {sum(sizes):,} bytes, this one {sizes[largest]:,}; is it expanded?"
+        raise _unfit(dotted(entries[largest].segments), why, "save the tensor that it was expanded from")
+
+
+def _unfit(key: str, why: str, next: str = "rename or rearrange its keys") -> UnsupportedValueError:
+    return UnsupportedValueError(f"{key!r} cannot be saved", why=why, next=next, key=key)
 
 
 def _name_in_file(segments: Segments) -> str:
