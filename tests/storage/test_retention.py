@@ -24,8 +24,6 @@ from tests.storage.processes import child
 READER = """
     from aiockpt.storage.readers import open_checkpoint
     opened = open_checkpoint(sys.argv[1])
-    if len(sys.argv) > 2 and os.fork() == 0:
-        signal.pause()
     say("reading")
     hear()
     opened.close()
