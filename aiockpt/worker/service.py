@@ -1,0 +1,346 @@
+"""The worker's loop: what the trainer says, and what becomes of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+from collections.abc import Callable
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+from msgspec.structs import replace
+
+from aiockpt import __version__
+from aiockpt.errors import CheckpointError, ProtocolError
+from aiockpt.protocol.frames import check_hello
+from aiockpt.protocol.messages import (
+    MAGIC,
+    PROTOCOL_VERSION,
+    Adopt,
+    Beat,
+    BeginSave,
+    Cancel,
+    Close,
+    Closed,
+    EndStaging,
+    Hello,
+    Message,
+    Ready,
+    Reserve,
+    Reserved,
+    Setup,
+    Staged,
+)
+from aiockpt.storage.faults import NO_FAULTS, Faults
+from aiockpt.worker.activity import Activity
+from aiockpt.worker.arena import ArenaMap, allocate
+from aiockpt.worker.exits import ExitStatus
+from aiockpt.worker.failures import as_wire_error
+from aiockpt.worker.launch import PACKAGE_PATH
+from aiockpt.worker.link import Link
+from aiockpt.worker.run import Run
+from aiockpt.worker.save import Save, Surroundings, check_begin
+from aiockpt.worker.sweeper import Sweeper
+from aiockpt.worker.writer import DEFAULT_WRITERS
+
+__all__ = ["serve"]
+
+_log = logging.getLogger("aiockpt.worker")
+
+SIGTERM_LINGER_SECONDS = 5.0
+"""What is left of ``linger_timeout`` after SIGTERM: batch systems send SIGKILL some seconds later."""
+CLOSE_SWEEP_SECONDS = 10.0
+"""How long a close waits for removals; the next worker on the run goes on with the rest."""
+FLUSH_SECONDS = 2.0
+"""For the trainer to take the last frames."""
+
+
+async def serve(
+    socket_fd: int, trainer_pidfd: int, *, faults: Faults = NO_FAULTS, end: Callable[[ExitStatus], None]
+) -> ExitStatus:
+    """Serve one trainer until it closes, dies or talks nonsense.
+
+    Args:
+        socket_fd: Stream socket to the trainer.
+        trainer_pidfd: Readable when the trainer is dead.
+        faults: Fault layer.
+        end: Ends the process; called with threads still at work where a disk hangs. Where it returns, so does this.
+    """
+    link = await Link.wrap(socket_fd)
+    async with anyio.create_task_group() as tasks:
+        service = _Service(link, tasks, faults)
+        tasks.start_soon(service.send)
+        tasks.start_soon(service.read)
+        tasks.start_soon(service.watch_trainer, trainer_pidfd)
+        status = await service.wait_end()
+        end(status)
+        tasks.cancel_scope.cancel()
+    return status
+
+
+class _Service:
+    """Every method runs in the loop; a handler updates state without waiting, and starts tasks for the rest."""
+
+    def __init__(self, link: Link, tasks: anyio.abc.TaskGroup, faults: Faults) -> None:
+        self._link = link
+        self._tasks = tasks
+        self._faults = faults
+        self._activity = Activity()
+        self._reading = anyio.CancelScope()
+        self._sending = anyio.CancelScope()
+        self._setup: Setup | None = None
+        self._around: Surroundings | None = None  # once the run is open
+        self._arena: ArenaMap | None = None
+        self._is_reserving = False
+        self._saves: dict[str, Save] = {}
+        self._dropped = 0  # messages about saves that had ended
+        self._is_closing = False
+        self._is_orphaned = False
+        self._status: ExitStatus | None = None
+        self._end_decided = anyio.Event()
+
+    # ---- the end
+
+    async def wait_end(self) -> ExitStatus:
+        """Wait until the worker is to end, and for the last frames to be taken."""
+        await self._end_decided.wait()
+        assert self._status is not None, "the event says that it is set"
+        with anyio.move_on_after(FLUSH_SECONDS):
+            await self._link.wait_idle()
+        return self._status
+
+    def _end(self, status: ExitStatus) -> None:
+        if self._status is None:
+            self._status = status
+            self._end_decided.set()
+
+    # ---- tasks
+
+    async def send(self) -> None:
+        """Send what is queued, while somebody reads it."""
+        with self._sending:
+            await self._link.run_sender()
+
+    async def read(self) -> None:
+        """Handle what the trainer says, in order."""
+        try:
+            with self._reading:
+                async for message, fds in self._link.receive():
+                    self._handle(message, fds)
+                self._trainer_is_gone("it closed its end of the socket")
+        except ProtocolError as exc:
+            _log.error("the trainer was not understood\n%s", exc)
+            self._end(ExitStatus.PROTOCOL)
+
+    async def watch_trainer(self, pidfd: int) -> None:
+        """Wait for the trainer's death, which its forked children may hide from the socket."""
+        await anyio.wait_readable(pidfd)
+        self._trainer_is_gone("it died")
+
+    async def _open_run(self, setup: Setup) -> None:
+        limiter = anyio.CapacityLimiter(1)
+
+        def open_run() -> Run:
+            with self._activity.operation(f"open {setup.run}"):
+                return Run.open(setup)
+
+        try:
+            run = await anyio.to_thread.run_sync(open_run, limiter=limiter)
+        except CheckpointError as exc:
+            self._link.send(Ready(pid=os.getpid(), error=as_wire_error(exc)))
+            self._end(ExitStatus.NOT_READY)
+            return
+        sweeper = Sweeper(run, self._activity)
+        self._around = Surroundings(
+            run=run,
+            sweeper=sweeper,
+            activity=self._activity,
+            faults=self._faults,
+            writers=anyio.CapacityLimiter(DEFAULT_WRITERS),
+            clerks=anyio.CapacityLimiter(4),
+            send=self._link.send,
+        )
+        self._link.send(Ready(pid=os.getpid()))
+        self._tasks.start_soon(self._beat, setup.beat_interval)
+        self._tasks.start_soon(sweeper.run)
+
+    async def _beat(self, interval: float) -> None:
+        while True:
+            await anyio.sleep(interval)
+            if self._link.is_idle:  # else the trainer does not read, and needs no further proof
+                for save in self._saves.values():
+                    save.report()
+                moved, busy = self._activity.look()
+                self._link.send(Beat(moved=moved, busy=busy))
+
+    async def _reserve(self, message: Reserve) -> None:
+        def make() -> tuple[int, ArenaMap]:
+            fd = allocate(
+                message.nbytes,
+                capacity=message.capacity,
+                activity=self._activity,
+                stop=lambda: self._is_closing or self._is_orphaned,
+                faults=self._faults,
+            )
+            try:
+                return fd, ArenaMap(os.dup(fd), message.nbytes)
+            except BaseException:
+                os.close(fd)
+                raise
+
+        try:
+            fd, self._arena = await anyio.to_thread.run_sync(make, limiter=anyio.CapacityLimiter(1))
+        except InterruptedError:
+            return
+        except (CheckpointError, OSError) as exc:
+            error = as_wire_error(exc)
+            if error.kind == "storage":
+                error = replace(error, kind="memory")
+            self._link.send(Reserved(nbytes=message.nbytes, error=error))
+        else:
+            self._link.send(Reserved(nbytes=message.nbytes, fds=1), fd)
+        finally:
+            self._is_reserving = False
+
+    async def _run_save(self, save: Save) -> None:
+        await save.run()
+        del self._saves[save.save_id]
+
+    async def _close(self) -> None:
+        await self._finish_saves()
+        if self._around is not None:
+            with anyio.move_on_after(CLOSE_SWEEP_SECONDS):
+                await self._around.sweeper.wait_idle()
+        self._link.send(Closed())
+        self._end(ExitStatus.CLOSED)
+
+    async def _linger(self) -> None:
+        """Finish what a trainer that is gone had staged, and end."""
+        try:
+            self._link.drain(self._handle)
+        except ProtocolError as exc:
+            _log.warning("what the trainer said last was not understood\n%s", exc)
+        timeout = self._setup.linger_timeout if self._setup is not None else 0.0
+        deadline = math.inf if timeout is None else anyio.current_time() + timeout
+        with anyio.CancelScope(deadline=deadline) as scope:
+            self._tasks.start_soon(self._hurry, scope)
+            await self._finish_saves()
+        if scope.cancelled_caught:
+            _log.warning("the trainer is gone, and its last save did not end in time")
+        self._end(ExitStatus.LINGERED if scope.cancelled_caught else ExitStatus.ORPHANED)
+
+    async def _hurry(self, scope: anyio.CancelScope) -> None:
+        with anyio.open_signal_receiver(signal.SIGTERM) as signals:
+            async for _ in signals:
+                scope.deadline = min(scope.deadline, anyio.current_time() + SIGTERM_LINGER_SECONDS)
+
+    async def _finish_saves(self) -> None:
+        """Let staged saves end; what is not staged never will be."""
+        for save in list(self._saves.values()):
+            if not save.is_staged:
+                save.cancel()
+        for save in list(self._saves.values()):
+            await save.wait_ended()
+
+    def _trainer_is_gone(self, why: str) -> None:
+        if self._is_orphaned:
+            return
+        self._is_orphaned = True
+        _log.info("the trainer is gone: %s", why)
+        self._reading.cancel()
+        self._sending.cancel()
+        self._link.mute()
+        self._tasks.start_soon(self._linger)
+
+    # ---- what the trainer says
+
+    def _handle(self, message: Message, fds: list[int]) -> None:
+        try:
+            self._dispatch(message, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _dispatch(self, message: Message, fds: list[int]) -> None:
+        if self._setup is None:
+            self._greet(message)
+            return
+        if self._around is None and not self._is_orphaned and not isinstance(message, Close):
+            raise ProtocolError(f"a {type(message).__name__} came before Ready was sent")
+        match message:
+            case Reserve():
+                self._begin_reserving(message)
+            case Adopt():
+                self._adopt(message, fds)
+            case BeginSave():
+                self._begin_save(message)
+            case Staged() | EndStaging() | Cancel():
+                self._tell_save(message)
+            case Close():
+                if not self._is_closing:
+                    self._is_closing = True
+                    self._tasks.start_soon(self._close)
+            case _:
+                raise ProtocolError(f"a {type(message).__name__} came, which is not for a worker")
+
+    def _greet(self, message: Message) -> None:
+        self._link.send(Hello(magic=MAGIC, protocol=PROTOCOL_VERSION, package=__version__, path=PACKAGE_PATH))
+        setup = check_hello(message, package=__version__, path=PACKAGE_PATH).setup
+        if setup is None:
+            raise ProtocolError("the trainer's Hello has no setup")
+        self._setup = setup
+        self._tasks.start_soon(self._open_run, setup)
+
+    def _begin_reserving(self, message: Reserve) -> None:
+        self._refuse_with_slot("Reserve")
+        if message.nbytes <= 0:
+            raise ProtocolError(f"an arena of {message.nbytes} bytes was asked for")
+        self._drop_arena()
+        self._is_reserving = True
+        self._tasks.start_soon(self._reserve, message)
+
+    def _adopt(self, message: Adopt, fds: list[int]) -> None:
+        self._refuse_with_slot("Adopt")
+        if len(fds) != 1:
+            raise ProtocolError(f"an arena came with {len(fds)} descriptors")
+        self._drop_arena()
+        try:
+            self._arena = ArenaMap(fds.pop(), message.nbytes)
+        except (OSError, ValueError) as exc:
+            raise ProtocolError("the arena that came with Adopt was not mapped", why=str(exc)) from exc
+
+    def _drop_arena(self) -> None:
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+
+    def _refuse_with_slot(self, name: str) -> None:
+        if self._is_reserving or any(save.holds_slot for save in self._saves.values()):
+            raise ProtocolError(f"a {name} came while the arena was in use")
+
+    def _begin_save(self, message: BeginSave) -> None:
+        if self._around is None:
+            return  # the trainer died before the run was open: nothing was promised
+        self._refuse_with_slot("BeginSave")
+        if self._arena is None or message.save_id in self._saves:
+            raise ProtocolError("a save began without an arena, or twice")
+        check_begin(message, self._arena.nbytes)
+        save = Save(message, self._arena.view(), self._around)
+        self._saves[message.save_id] = save
+        self._tasks.start_soon(self._run_save, save)
+
+    def _tell_save(self, message: Staged | EndStaging | Cancel) -> None:
+        save = self._saves.get(message.save_id)
+        if save is None or not save.holds_slot:
+            self._dropped += 1  # it had failed before the trainer heard of it
+            return
+        match message:
+            case Staged():
+                save.staged(message)
+            case EndStaging():
+                save.end_staging(message)
+            case Cancel():
+                save.cancel()
