@@ -161,7 +161,7 @@ class Coordinator:
         """See ``supervisor.Tenant``."""
         self._desk.close(error.copy)
         self._arena.over(error)
-        self._saves.fail_all(error)
+        self._saves.fail_all(lambda _: error.copy())
         if not self._first_up.done():
             self._first_up.set_exception(error)
 
@@ -302,7 +302,7 @@ class Coordinator:
                 self._saves.give_up(save, failures.abandoned(save, why))
             with anyio.move_on_after(ABANDON_SECONDS):
                 await self.wait_for(self._desk.when_idle())
-        self._saves.fail_all(failures.closed())
+        self._saves.fail_all(failures.left if self._left.is_set() else lambda _: failures.closed())
 
     def _release(self) -> None:
         self._stager.close()

@@ -18,7 +18,7 @@ from aiockpt.errors import (
 )
 from aiockpt.protocol.messages import WireError
 
-__all__ = ["abandoned", "arena_too_large", "as_exception", "cancelled", "closed", "timed_out"]
+__all__ = ["abandoned", "arena_too_large", "as_exception", "cancelled", "closed", "left", "timed_out"]
 
 _log = logging.getLogger("aiockpt.save")
 
@@ -57,6 +57,16 @@ def abandoned(save: SaveRecord, why: str) -> SaveCancelledError:
         f"the save of step {save.step} was abandoned",
         why=why,
         next="the checkpoint before it stands; close with drain=True, or give it a longer close_timeout",
+        step=save.step,
+    )
+
+
+def left(save: SaveRecord) -> CommitUnknownError:
+    """The outcome of a save that an interrupted ``close()`` left to the worker."""
+    return CommitUnknownError(
+        f"the save of step {save.step} was left to the worker",
+        why="close() was interrupted",
+        next="what was staged is being finished; look with steps() after a while",
         step=save.step,
     )
 

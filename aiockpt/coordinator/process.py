@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
+import threading
 from collections import deque
 
 import anyio
@@ -118,19 +120,39 @@ class WorkerProcess:
                 _wait_channel(self.pid),
             )
             return False
+        self._collect(self.pidfd)
+        return True
+
+    def reap_later(self) -> None:
+        """Collect a worker that is left to finish alone, from a thread of its own, so that it is no zombie for ever.
+
+        The pidfd becomes the thread's. The worker ends by itself, at the latest after its linger time.
+        """
+        pidfd, self.pidfd = self.pidfd, -1
+
+        def collect() -> None:
+            end = select.poll()
+            end.register(pidfd, select.POLLIN)
+            end.poll()
+            self._collect(pidfd)
+            os.close(pidfd)
+
+        threading.Thread(target=collect, name="aiockpt-reaper", daemon=True).start()
+
+    def _collect(self, pidfd: int) -> None:
         try:
-            status = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)  # noqa: ASYNC222  # WNOHANG
+            status = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
         except ChildProcessError:
             status = None  # the program ignores SIGCHLD, or waited for it itself
         if status is not None:
             exited = status.si_code == os.CLD_EXITED
             self.exit_status = status.si_status if exited else -status.si_status
         self._popen.returncode = self.exit_status or 0  # Popen must not wait for a pid that is no longer ours
-        return True
 
     def close(self) -> None:
         """Close pidfd and stderr; the socket is the link's."""
-        os.close(self.pidfd)
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
         if self._stderr is not None:
             os.close(self._stderr)
             self._stderr = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import anyio
@@ -159,13 +160,13 @@ class Saves:
         """A checkpoint is gone, or was renamed as bad."""
         self.checkpoints = {other: known for other, known in self.checkpoints.items() if other != step}
 
-    def fail_all(self, error: CheckpointError) -> None:
-        """There will be no worker: nothing that is open can be saved."""
+    def fail_all(self, error: Callable[[SaveRecord], CheckpointError]) -> None:
+        """There will be no worker for us: nothing that is open can be followed to its end."""
         self._link = None
         for save in self._desk.in_flight():
             if save.staging is not None:
                 save.staging.cancel()
-            self._finish(save, error.copy())
+            self._finish(save, error(save))
             save.with_worker = False
             self._maybe_free(save)
 

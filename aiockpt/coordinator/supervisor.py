@@ -166,7 +166,9 @@ class Supervisor:
             self._link = None
             is_gone = False
             with anyio.CancelScope(shield=True):
-                if not self._is_left:
+                if self._is_left:
+                    worker.reap_later()
+                else:
                     worker.kill()
                     is_gone = await worker.reap(REAP_SECONDS)
                 await link.aclose()
