@@ -216,13 +216,14 @@ def retire(run_fd: int, name: str, *, faults: Faults = NO_FAULTS) -> str | None:
     """Take a committed checkpoint out of the run, unless somebody reads it.
 
     Its manifest is locked exclusively while it is renamed, so a reader either holds its own lock before (and the
-    checkpoint is left) or finds the path gone.
+    checkpoint is left) or finds the path gone. The rename is made durable before anything of it may be deleted: a
+    power loss must not bring back a checkpoint with holes.
 
     Returns:
         The name under which ``remove_tree`` removes it; None where it is being read, or is not there.
 
     Raises:
-        StorageError: It stands.
+        StorageError: It stands, or nobody can say whether a power loss would bring it back; all of its files are there.
     """
     with storage_errors("a checkpoint was not removed", name, fd=run_fd):
         faults.at(FaultPoint.WORKER_PRUNE, name)
@@ -230,11 +231,15 @@ def retire(run_fd: int, name: str, *, faults: Faults = NO_FAULTS) -> str | None:
             # For writing, because NFS gives an exclusive lock to no other descriptor; nothing is written.
             fd = os.open(f"{name}/{MANIFEST_NAME}", os.O_RDWR | os.O_CLOEXEC, dir_fd=run_fd)
         except FileNotFoundError:
-            return to_trash(run_fd, name)
-        try:
-            return to_trash(run_fd, name) if _lock_exclusive(fd) else None
-        finally:
-            os.close(fd)
+            gone = to_trash(run_fd, name)
+        else:
+            try:
+                gone = to_trash(run_fd, name) if _lock_exclusive(fd) else None
+            finally:
+                os.close(fd)
+        if gone is not None:
+            sync_dir(run_fd)
+        return gone
 
 
 def _lock_exclusive(fd: int) -> bool:

@@ -41,7 +41,7 @@ class FileReader:
     def __init__(self, fd: int, path: str, record: FileRecord, *, step: int, faults: Faults) -> None:
         self.path = path
         self.record = record
-        self.buffered = not set_direct(fd)
+        self.buffered = not set_direct(fd, path, faults)
         """Whether direct I/O was refused; it may become true at a read."""
         self._fd = fd
         self._step = step

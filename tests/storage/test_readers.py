@@ -82,7 +82,9 @@ def test_direct_io_refused_at_open(step: Path) -> None:
     faults = ArmedFaults(
         FaultPlan(rules=[FaultRule(point=FaultPoint.WORKER_OPEN_DIRECT, action="errno", errno=errno.EINVAL)])
     )
-    assert read_all(step, faults=faults) == content(1, 5000)
+    with open_checkpoint(str(step), faults=faults) as checkpoint:
+        assert checkpoint.file(0).buffered
+        assert checkpoint.file(0).read_block(0, AlignedBuffer()) == content(1, 5000)
 
 
 class _RefusesDirect(Faults):
