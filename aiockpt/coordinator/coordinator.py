@@ -21,12 +21,13 @@ from aiockpt.coordinator import failures
 from aiockpt.coordinator.arena_owner import ArenaOwner
 from aiockpt.coordinator.desk import Desk
 from aiockpt.coordinator.loop_thread import LoopThread
+from aiockpt.coordinator.open_run import OpenRun
 from aiockpt.coordinator.process_hooks import forget, remember
 from aiockpt.coordinator.restoring import Restoring
 from aiockpt.coordinator.results import Statistics
 from aiockpt.coordinator.save_record import SaveRecord
 from aiockpt.coordinator.saves import Saves
-from aiockpt.coordinator.saving import Saving, WhenBusy
+from aiockpt.coordinator.saving import WhenBusy
 from aiockpt.coordinator.schedule import Schedule
 from aiockpt.coordinator.supervisor import Supervisor
 from aiockpt.errors import CheckpointError, ConfigError, UsageError
@@ -63,6 +64,7 @@ class Coordinator:
         self._loop: LoopThread | None = None
         self._closing = False
         self._first_up: Future[None] = Future()
+        self._run: OpenRun | None = None
 
     # ---- open
 
@@ -90,26 +92,21 @@ class Coordinator:
 
     async def _open(self) -> None:
         assert self._loop is not None
-        tasks = self._loop.tasks
         claim = await anyio.to_thread.run_sync(self._take_run)
         if self._closing:
             claim.release()
             raise failures.closed()
-        self._claim = claim
-        self._saves = Saves(self.options, self._desk, self._claim, tasks, self.faults)
-        self._saving = Saving(
+        self._run = OpenRun(
             self.options,
+            claim,
             loop=self._loop,
             desk=self._desk,
-            saves=self._saves,
             arena=self._arena,
             stager=self._stager,
             schedule=self._schedule,
-            highest_ordinal=self._claim.highest_ordinal,
             faults=self.faults,
         )
-        self._restoring = Restoring(self.options.run, self._claim, self._saves, self._saving, self._stager)
-        tasks.start_soon(self._supervise)
+        self._loop.tasks.start_soon(self._supervise)
         up = anyio.Event()
         self._first_up.add_done_callback(lambda _: up.set())
         await up.wait()
@@ -126,6 +123,11 @@ class Coordinator:
             self.supervision_over(CheckpointError("the supervisor of the worker failed", why=repr(exc)))
             raise
 
+    @property
+    def _opened(self) -> OpenRun:
+        assert self._run is not None, "only what comes after _open asks for it"
+        return self._run
+
     # ---- the worker's tenant
 
     def setup(self) -> Setup:
@@ -133,7 +135,7 @@ class Coordinator:
         stall = self.options.stall_timeout
         return Setup(
             run=self.options.run,
-            term=self._claim.term,
+            term=self._opened.claim.term,
             linger_timeout=self.options.linger_timeout,
             beat_interval=1.0 if stall is None else min(1.0, stall / 4),
         )
@@ -141,7 +143,7 @@ class Coordinator:
     def worker_up(self, link: Link) -> None:
         """See ``supervisor.Tenant``."""
         self._arena.worker_up(link)
-        self._saves.worker_up(link)
+        self._opened.saves.worker_up(link)
         if not self._first_up.done():
             self._first_up.set_result(None)
 
@@ -150,18 +152,18 @@ class Coordinator:
         if isinstance(message, Reserved):
             self._arena.worker_says(message, fds)
         else:
-            self._saves.worker_says(message)
+            self._opened.saves.worker_says(message)
 
     async def worker_down(self, error: CheckpointError) -> None:
         """See ``supervisor.Tenant``."""
         self._arena.worker_down(error)
-        await self._saves.worker_down(error)
+        await self._opened.saves.worker_down(error)
 
     def supervision_over(self, error: CheckpointError) -> None:
         """See ``supervisor.Tenant``."""
         self._desk.close(error.copy)
         self._arena.over(error)
-        self._saves.fail_all(lambda _: error.copy())
+        self._opened.saves.fail_all(lambda _: error.copy())
         if not self._first_up.done():
             self._first_up.set_exception(error)
 
@@ -179,19 +181,19 @@ class Coordinator:
     ) -> SaveRecord:
         """Take a snapshot of ``state``; see ``Saving.save``."""
         self.check_open()
-        return self._saving.save(
+        return self._opened.saving.save(
             step, state, timeout=timeout, when_busy=when_busy, overwrite=overwrite, metadata=metadata
         )
 
     def cancel(self, save: SaveRecord) -> None:
         """Ask for the end of a save."""
-        if self._loop is not None:
-            self._loop.post(self._saves.cancel, save)
+        if self._loop is not None and self._run is not None:
+            self._loop.post(self._run.saves.cancel, save)
 
     def prepare(self, state: Mapping[str, Any]) -> Future[None]:
         """Make the arena for ``state``; reads the state in the calling thread, the rest goes on behind it."""
         loop = self.check_open()
-        return loop.submit(self._prepare, self._saving.plan(state).arena_nbytes)
+        return loop.submit(self._prepare, self._opened.saving.plan(state).arena_nbytes)
 
     async def _prepare(self, nbytes: int) -> None:
         me = object()
@@ -228,26 +230,26 @@ class Coordinator:
 
     async def _read(self, call: Callable[[Restoring], T]) -> T:
         await self.wait_for(self._desk.when_idle())
-        return await anyio.to_thread.run_sync(call, self._restoring)
+        return await anyio.to_thread.run_sync(call, self._opened.restoring)
 
     @property
     def restoring(self) -> Restoring:
         """The part of a restore that the calling thread does."""
         self.check_open()
-        return self._restoring
+        return self._opened.restoring
 
     def statistics(self) -> Statistics:
         """Return the counters since ``open``."""
         self.check_open()
-        counts = self._saves.counts
+        counts = self._opened.saves.counts
         return Statistics(
             committed=counts["committed"],
             failed=counts["failed"],
             cancelled=counts["cancelled"],
-            skipped=self._saving.skipped,
+            skipped=self._opened.saving.skipped,
             committed_nbytes=counts["committed_nbytes"],
             arena_nbytes=self._arena.nbytes,
-            plans=self._saving.plans.misses,
+            plans=self._opened.saving.plans.misses,
             worker_pid=self._supervisor.pid,
             worker_restarts=self._supervisor.restarts,
             dropped_answers=counts["dropped"],
@@ -280,8 +282,8 @@ class Coordinator:
         deadline = anyio.current_time() + (self.options.close_timeout or float("inf"))
         try:
             self._desk.close(failures.closed)
-            if hasattr(self, "_saves"):
-                await self._end_saves(drain, deadline)
+            if self._run is not None:
+                await self._end_saves(self._run.saves, drain, deadline)
             if self._left.is_set():
                 self._supervisor.leave()
             else:
@@ -291,7 +293,7 @@ class Coordinator:
                 await anyio.to_thread.run_sync(self._release)
             self._loop.stop()
 
-    async def _end_saves(self, drain: bool, deadline: float) -> None:
+    async def _end_saves(self, saves: Saves, drain: bool, deadline: float) -> None:
         why = "close(drain=False)"
         if drain:
             with anyio.move_on_at(deadline):
@@ -299,16 +301,16 @@ class Coordinator:
             why = "close_timeout passed"
         if not self._left.is_set():  # else the worker is to finish what is staged
             for save in self._desk.in_flight():
-                self._saves.give_up(save, failures.abandoned(save, why))
+                saves.give_up(save, failures.abandoned(save, why))
             with anyio.move_on_after(ABANDON_SECONDS):
                 await self.wait_for(self._desk.when_idle())
-        self._saves.fail_all(failures.left if self._left.is_set() else lambda _: failures.closed())
+        saves.fail_all(failures.left if self._left.is_set() else lambda _: failures.closed())
 
     def _release(self) -> None:
         self._stager.close()
         self._arena.close()
-        if hasattr(self, "_claim"):
-            self._claim.release()
+        if self._run is not None:
+            self._run.claim.release()
         forget(self)
 
     def abandon(self) -> None:
@@ -369,10 +371,11 @@ class Coordinator:
 
     def forget_in_child(self) -> None:
         """In a forked child: drop what was inherited. The object is foreign there, see ``check_process``."""
+        self._stager.forget_in_child()
         self._arena.forget_in_child()
         self._supervisor.forget_in_child()
-        if hasattr(self, "_claim"):
-            self._claim.forget_in_child()
+        if self._run is not None:
+            self._run.claim.forget_in_child()
 
     @staticmethod
     async def wait_for(future: Future[Any], *others: anyio.Event) -> None:
