@@ -63,7 +63,7 @@ class Selection:
 
 
 def _texts(patterns: Patterns, argument: str) -> list[str]:
-    given: object = patterns or ()
+    given: object = () if patterns is None else patterns
     texts = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
     for text in texts:
         if not isinstance(text, str) or not text:
