@@ -112,27 +112,26 @@ def publish(
         sync_dir(run_fd)
         faults.at(FaultPoint.WORKER_RUN_SYNCED, name)
     except OSError as exc:
-        raise CommitUnknownError(
-            f"step {step} was published, and nobody can say whether a power loss would undo it",
-            why=f"{run} was not synced after the rename: {exc}",
-            next="look with steps() after the next start; save again before relying on it",
-            step=step,
-            path=f"{run}/{name}",
-        ) from exc
+        what = f"step {step} was published, and nobody can say whether a power loss would undo it"
+        raise _unknown(run, step, what, f"{run} was not synced after the rename: {exc}") from exc
     committed = find_committed(run_fd, run, step)
     if committed is None:
-        raise CommitUnknownError(
-            f"step {step} was published and is gone",
-            why="somebody else works in the run directory",
-            next="look with steps()",
-            step=step,
-            path=f"{run}/{name}",
-        )
+        raise _unknown(run, step, f"step {step} was published and is gone", "somebody else works in the run directory")
     try:
         old = to_trash(run_fd, old_name(step, save_id))
     except OSError:  # the commit stands; the next claim of the run puts the old one away
         old = None
     return committed, [old] if old else []
+
+
+def _unknown(run: str, step: int, what: str, why: str) -> CommitUnknownError:
+    return CommitUnknownError(
+        what,
+        why=why,
+        next="look with steps() after the next start; save again before relying on it",
+        step=step,
+        path=f"{run}/{step_name(step)}",
+    )
 
 
 def _refuse_fenced(run_fd: int, run: str, step: int, term: int) -> None:
