@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar, cast, overload
@@ -150,7 +151,14 @@ class Checkpointer(Face):
     ) -> Restored | None:
         """Restore into the live objects of ``state``, in place; see ``aiockpt.Checkpointer.restore``."""
         targets = self._coordinator.restoring.begin(state, include=include, exclude=exclude)
-        outcome = self._coordinator.read(lambda r: r.read(targets, step=step, strict=strict)).result()
+        stop = threading.Event()
+        under_way = self._coordinator.read(lambda r: r.read(targets, step=step, strict=strict, stop=stop))
+        try:
+            outcome = under_way.result()
+        except BaseException:
+            stop.set()  # and nobody may use the state while a thread still writes to it
+            under_way.exception()
+            raise
         return self._coordinator.restoring.finish(outcome)
 
     def load(

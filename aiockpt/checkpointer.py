@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future
 from types import TracebackType
@@ -275,9 +276,19 @@ class Checkpointer(Face):
             CheckpointCorruptError: ``step`` is damaged.
             NoUsableCheckpointError: There are checkpoints and none is good.
             StorageError: A checkpoint cannot be read for another reason than damage.
+
+        Cancellation: ends the reading at the next block; the live state is mixed then, and must be restored again.
         """
         targets = self._coordinator.restoring.begin(state, include=include, exclude=exclude)
-        outcome = await _wait(self._coordinator.read(lambda r: r.read(targets, step=step, strict=strict)))
+        stop = threading.Event()
+        under_way = self._coordinator.read(lambda r: r.read(targets, step=step, strict=strict, stop=stop))
+        try:
+            outcome = await _wait(under_way)
+        except BaseException:
+            stop.set()  # and nobody may use the state while a thread still writes to it
+            with anyio.CancelScope(shield=True):
+                await _wait_quietly(under_way)
+            raise
         return self._coordinator.restoring.finish(outcome)
 
     async def load(

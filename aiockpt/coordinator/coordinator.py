@@ -113,7 +113,13 @@ class Coordinator:
         self._first_up.result()
 
     def _take_run(self) -> RunClaim:
-        return RunClaim.take(self.options.run, linger_timeout=self.options.linger_timeout, faults=self.faults)
+        def while_waiting(_: str) -> None:
+            if self._closing:
+                raise failures.closed()
+
+        return RunClaim.take(
+            self.options.run, linger_timeout=self.options.linger_timeout, on_wait=while_waiting, faults=self.faults
+        )
 
     async def _supervise(self) -> None:
         try:

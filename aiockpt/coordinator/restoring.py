@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,9 +40,11 @@ class Restoring:
         self._stager.sync_pending()
         return reading.begin(state, include=include, exclude=exclude)
 
-    def read(self, targets: Targets, *, step: int | None, strict: bool) -> RestoreOutcome | None:
-        """Choose a checkpoint and read it into the live tensors."""
-        outcome = restore_run(self._run, targets, step=step, strict=strict, on_bad=self._mark_bad)
+    def read(self, targets: Targets, *, step: int | None, strict: bool, stop: threading.Event) -> RestoreOutcome | None:
+        """Choose a checkpoint and read it into the live tensors; ``stop`` ends that between two blocks."""
+        outcome = restore_run(
+            self._run, targets, step=step, strict=strict, on_bad=self._mark_bad, should_stop=stop.is_set
+        )
         # Only once an older one is restored: without it these are all there is, and the run must not look empty.
         for unreadable in list(self._claim.bad):
             if outcome is not None and unreadable.step in outcome.skipped:

@@ -8,12 +8,15 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 import torch
 
 import aiockpt
 from aiockpt import blocking
-from tests.support import Training, is_alive, stopped, wait_until
+from aiockpt.storage.faults import FaultPoint
+from aiockpt.testing.faults import WORKER_ARGUMENT, FaultPlan, FaultRule
+from tests.support import Training, is_alive, start_script, stopped, wait_until
 
 pytestmark = pytest.mark.process
 
@@ -272,3 +275,73 @@ def test_an_empty_state(tmp_path: Path) -> None:
     with blocking.Checkpointer(tmp_path) as ckpt:
         ckpt.save(0, {}).result(60)
         assert ckpt.load(0) == {}
+
+
+HOLDER = """
+    import sys, torch, aiockpt
+    with aiockpt.blocking.Checkpointer(sys.argv[1]) as ckpt:
+        print("open", flush=True)
+        sys.stdin.read()
+"""
+
+
+def test_a_second_job_from_another_process(tmp_path: Path) -> None:
+    """Refused after a few seconds of waiting, naming the owner's host and process; nothing is left behind."""
+    with start_script(HOLDER, tmp_path, stdin=-1) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "open\n"
+        with pytest.raises(aiockpt.ConfigError) as caught:
+            blocking.Checkpointer(tmp_path).open()
+        assert str(holder.pid) in str(caught.value)
+        assert "next:" in str(caught.value)
+    with blocking.Checkpointer(tmp_path) as ckpt:
+        assert ckpt.steps() == []
+
+
+def test_closing_ends_the_wait_for_a_run(tmp_path: Path) -> None:
+    """Whoever waits for another job's lock need not wait it out to be closed."""
+    with start_script(HOLDER, tmp_path, stdin=-1) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "open\n"
+
+        async def body() -> float:
+            began = anyio.current_time()
+            with anyio.move_on_after(0.2):
+                await aiockpt.Checkpointer(tmp_path).open()
+            return anyio.current_time() - began
+
+        assert anyio.run(body) < 3
+
+
+def test_a_slow_disk_is_left_alone(tmp_path: Path) -> None:
+    """Every write takes longer than stall_timeout and io_timeout allow in all, but each of them ends."""
+    rule = FaultRule(point=FaultPoint.WORKER_BLOCK_WRITE, action="delay", nth=0, seconds=0.6)
+    ckpt = blocking.Checkpointer(tmp_path, stall_timeout=1.0, io_timeout=2.0)
+    ckpt._coordinator.worker_faults = (WORKER_ARGUMENT, FaultPlan(rules=[rule]).to_json())
+    ckpt.open()
+    state = {f"f{i}": {"x": torch.arange(10)} for i in range(12)}
+    assert ckpt.save(0, state).result(60).timings["durable"] > 0.6
+    assert ckpt.statistics().worker_restarts == 0
+    ckpt.close()
+
+
+def test_a_hanging_disk_is_not(tmp_path: Path) -> None:
+    """One write that never ends: after io_timeout the worker is replaced though its loop lives, the save retried."""
+    rule = FaultRule(point=FaultPoint.WORKER_BLOCK_WRITE, action="delay", seconds=3600)
+    ckpt = blocking.Checkpointer(tmp_path, io_timeout=1.0)
+    ckpt._coordinator.worker_faults = (WORKER_ARGUMENT, FaultPlan(rules=[rule]).to_json())
+    ckpt.open()
+    ckpt._coordinator._supervisor.faults = None
+    assert ckpt.save(0, STATE).result(60).step == 0
+    assert ckpt.statistics().worker_restarts == 1
+    ckpt.close()
+
+
+def test_the_worker_imports_no_torch(tmp_path: Path) -> None:
+    """Nor numpy: no shared library of either is mapped by it."""
+    with blocking.Checkpointer(tmp_path) as ckpt:
+        ckpt.save(0, STATE).result(60)
+        maps = Path(f"/proc/{ckpt.statistics().worker_pid}/maps").read_text()
+        assert "msgspec" in maps
+        assert "torch" not in maps
+        assert "numpy" not in maps
