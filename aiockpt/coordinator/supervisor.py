@@ -17,6 +17,7 @@ from aiockpt.errors import (
     CheckpointError,
     ConfigError,
     ProtocolError,
+    RestartLimitError,
     StorageError,
     WorkerExitedError,
     WorkerStartError,
@@ -79,6 +80,7 @@ class Supervisor:
         self._closing = False
         self._is_left = False
         self._is_running = False
+        self._was_up = False
         self._ended = anyio.Event()
         self.faults: tuple[str, str] | None = None
         """For tests: (``module:function``, text) that makes the worker's fault layer."""
@@ -95,22 +97,22 @@ class Supervisor:
 
     async def run(self) -> None:
         """Supervise; returns after ``close``, or when supervision is over."""
-        is_first = self._is_running = True
+        self._is_running = True
         try:
             while True:
                 error = await self._run_generation()
                 if error is None or self._closing:
                     return
-                if is_first and isinstance(error, (WorkerStartError, ConfigError, StorageError)):
+                if not self._was_up:
                     self._tenant.supervision_over(error)  # what fails at once fails again
                     return
-                is_first = False
                 await self._tenant.worker_down(error)
                 if self._closing:
                     return
                 try:
                     delay = self._budget.spend(time.monotonic())
-                except CheckpointError as limit:
+                except RestartLimitError as limit:
+                    limit.why += f"; the last one: {error}"
                     self._tenant.supervision_over(limit)
                     return
                 _log.warning("the checkpoint worker is started again in %.1f s\nwhy: %s", delay, error)
@@ -260,7 +262,7 @@ class _Generation:
     def _handle(self, message: Message, fds: list[int]) -> None:
         match message:
             case Ready(error=None):
-                self._is_ready = True
+                self._is_ready = self._owner._was_up = True
                 self._owner._link = self._link
                 if self._owner._closing:
                     self._link.send(Close())

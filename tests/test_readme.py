@@ -1,0 +1,58 @@
+"""README keeps its word: its code runs, and its commands are the ones that CI runs."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import aiockpt
+from tests.support import ROOT, Training
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def names_of_the_reader(training: Training) -> dict[str, Any]:
+    """What README's code takes for granted."""
+    return {
+        "model": training.model,
+        "optimizer": training.optimizer,
+        "scheduler": torch.optim.lr_scheduler.StepLR(training.optimizer, 10),
+        "progress": {"epoch": 0},
+        "state": training.state,
+        "steps": 5,
+        "train_step": training.step,
+    }
+
+
+@pytest.mark.process
+def test_the_async_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first block defines a main() that trains, saves the last step, and resumes."""
+    monkeypatch.chdir(tmp_path)
+    names = names_of_the_reader(Training())
+    exec(BLOCKS[0], names)  # the code of our own README
+    asyncio.run(names["main"]())
+    asyncio.run(names["main"]())
+    assert aiockpt.blocking.steps("runs/exp1") == [4]
+
+
+@pytest.mark.process
+def test_the_blocking_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second block is a classic loop."""
+    monkeypatch.chdir(tmp_path)
+    exec(BLOCKS[1], names_of_the_reader(Training()))  # the code of our own README
+    assert aiockpt.blocking.steps("runs/exp1") == []
+
+
+def test_the_commands() -> None:
+    """Both install torch by the exact pin before anything that depends on it."""
+    commands = re.findall(r"```sh\n(.*?)\n```", README, re.DOTALL)
+    assert len(commands) == 2
+    for command in commands:
+        assert "\n" not in command
+        assert command.index("torch==2.13.0") < command.index('".[')
