@@ -15,14 +15,16 @@ from aiockpt.format.dtypes import nbytes_of
 from aiockpt.format.image import Header
 from aiockpt.format.manifest import Manifest
 from aiockpt.format.names import Segments, dotted
-from aiockpt.format.tree import Node, is_blob, key_text, value_number, walk
-from aiockpt.format.values import FACTORIES
+from aiockpt.format.tree import Node, children, is_blob, key_text, value_number, walk
+from aiockpt.format.values import FACTORIES, MAX_DEPTH
 from aiockpt.state.dtypes import COMPLEX128, PACKED_F4, live_form
 from aiockpt.state.values import blob_value, decode_all, decode_key
 
 __all__ = ["CheckpointView", "Child"]
 
 _MAX_NUMEL = 1 << 56
+_MAX_LEVELS = 2 * MAX_DEPTH + 8
+"""Containers of the user's, then those in the state of an object among them."""
 _MAPPINGS = {"dict", "OrderedDict", "defaultdict", *(f"defaultdict:{name}" for name in FACTORIES)}
 
 
@@ -59,6 +61,7 @@ class CheckpointView:
             record = manifest.files[number]
             if not record.data_start or sizes[kind] > record.nbytes - record.data_start:
                 raise self.corrupt(f"{plan.names[entry]!r} of {sizes[kind]} bytes is not in {record.path}")
+        self._refuse_deep(plan.tree)
         self._shapes: dict[str, int] | None = None
         self._needed: set[int] = set()
         self._values: dict[int, Any] = {}
@@ -187,10 +190,16 @@ class CheckpointView:
         Raises:
             CheckpointCorruptError: It is no node that a save makes.
         """
+        try:
+            return self._build(node, tensors)
+        except RecursionError as exc:
+            raise self.corrupt("its tree is nested too deep for this program's stack") from exc
+
+    def _build(self, node: Node, tensors: Mapping[int, Any]) -> Any:
         if isinstance(node, int):
             return tensors[node] if node >= 0 else self.value(value_number(node))
         if isinstance(node, dict):
-            return {key: self.build(child, tensors) for key, child in node.items()}
+            return {key: self._build(child, tensors) for key, child in node.items()}
         tag = node[0]
         if is_blob(node):
             try:
@@ -198,16 +207,16 @@ class CheckpointView:
             except (ValueError, TypeError) as exc:
                 raise self.corrupt(str(exc)) from exc
         if tag in ("list", "tuple"):
-            items = [self.build(child, tensors) for child in node[1]]
+            items = [self._build(child, tensors) for child in node[1]]
             return items if tag == "list" else tuple(items)
         if tag == "module":
-            return {key: self.build(child, tensors) for key, child in node[1].items()}
+            return self._build(node[1], tensors)
         if tag not in _MAPPINGS:
             raise self.corrupt(f"its tree has an unknown container {str(tag)[:40]!r}")
         return self._build_mapping(tag, node[1], tensors)
 
     def _build_mapping(self, tag: str, pairs: list[Any], tensors: Mapping[int, Any]) -> Any:
-        items = [(decode_key(key, self.file), self.build(child, tensors)) for key, child in pairs]
+        items = [(decode_key(key, self.file), self._build(child, tensors)) for key, child in pairs]
         kind, _, factory = tag.partition(":")
         try:
             if kind == "OrderedDict":
@@ -215,6 +224,20 @@ class CheckpointView:
             return defaultdict(FACTORIES.get(factory), items) if kind == "defaultdict" else dict(items)
         except TypeError as exc:  # an unhashable key
             raise self.corrupt(str(exc)) from exc
+
+    def _refuse_deep(self, tree: Node) -> None:
+        """Refuse what no save makes and what would overflow the stack of all that walks the tree."""
+        level = [tree]
+        for _ in range(_MAX_LEVELS):
+            level = [
+                child
+                for node in level
+                if not isinstance(node, int) and not is_blob(node)
+                for _, child in children(node)
+            ]
+            if not level:
+                return
+        raise self.corrupt(f"its tree is nested deeper than {_MAX_LEVELS}")
 
     def _form(self, code: str, shape: tuple[int, ...], mark: str) -> tuple[torch.dtype, tuple[int, ...]]:
         bad = (

@@ -13,6 +13,13 @@ from aiockpt.state.checks import PLAIN_TYPES
 __all__ = ["Bounce", "Destination", "destination_for", "unfit_memory"]
 
 
+_SMALL_NBYTES = 64 << 10
+"""Shorter copies keep the GIL: letting it go for microseconds makes the reading threads wait for each other."""
+_copy_small = ctypes.PyDLL(None).memmove
+_copy_small.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_copy_small.restype = ctypes.c_void_p
+
+
 class Bounce:
     """One reading thread's view of the aligned buffer that a block was read into.
 
@@ -92,7 +99,7 @@ class _Memory:
         self._address = tensor.data_ptr()
 
     def write(self, offset: int, bounce: Bounce, start: int, nbytes: int) -> None:
-        ctypes.memmove(self._address + offset, bounce.address + start, nbytes)  # releases the GIL
+        _copy(self._address + offset, bounce.address + start, nbytes)
 
 
 class _Cuda:
@@ -124,7 +131,7 @@ class _Gathered:
             if self._staged is None:  # not before: thousands of these need not be in memory at once
                 self._staged = torch.empty(self._tensor.shape, dtype=self._tensor.dtype, device="cpu")
             staged = self._staged
-        ctypes.memmove(staged.data_ptr() + offset, bounce.address + start, nbytes)
+        _copy(staged.data_ptr() + offset, bounce.address + start, nbytes)
         with self._lock:
             self._missing -= nbytes
             if self._missing:
@@ -138,6 +145,10 @@ class _Gathered:
             live, staged = live.view(torch.uint8), staged.view(torch.uint8)  # fp8 and fp4 have few kernels
         with _writing(live):
             live.copy_(staged)
+
+
+def _copy(to: int, start: int, nbytes: int) -> None:
+    (_copy_small if nbytes < _SMALL_NBYTES else ctypes.memmove)(to, start, nbytes)
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

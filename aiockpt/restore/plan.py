@@ -139,7 +139,7 @@ class Plan:
             like: A tensor whose strides it gets, if the shapes agree.
         """
         dtype, shape = self.view.form(entry)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be trained on
             if like is not None and tuple(like.shape) == shape:
                 tensor = torch.empty_like(like.detach(), dtype=dtype, device=device)
             else:

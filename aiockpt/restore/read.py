@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from aiockpt.errors import RestoreError
+from aiockpt.format.image import Header
 from aiockpt.restore.checkpoint_view import CheckpointView
 from aiockpt.restore.destinations import Bounce, Destination, destination_for
 from aiockpt.storage.readers import AlignedBuffer, OpenCheckpoint
@@ -72,12 +73,16 @@ class Reading:
         self.nbytes = 0
         """Bytes of the blocks that are to be read."""
         wanted: dict[int, list[tuple[int, int, torch.Tensor, bool]]] = {}
+        headers: dict[int, Header] = {}
         for is_live, reads in ((True, live), (False, fresh)):
             for entry, tensor in reads:
                 if tensor.numel():
                     file = view.file_of(entry)
-                    start, stop = view.span(entry, checkpoint.header(file))
-                    wanted.setdefault(file, []).append((start, stop, tensor, is_live))
+                    header = headers.get(file)
+                    if header is None:
+                        header = headers[file] = checkpoint.header(file)
+                        wanted[file] = []
+                    wanted[file].append((*view.span(entry, header), tensor, is_live))
         self._blocks = [block for file in sorted(wanted) for block in self._cut(file, wanted[file])]
         self._cuda = any(tensor.is_cuda for reads in wanted.values() for _, _, tensor, _ in reads)
 

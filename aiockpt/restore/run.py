@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 
 from aiockpt.errors import CheckpointCorruptError, CheckpointError, NoUsableCheckpointError, StepNotFoundError
-from aiockpt.format.manifest import Head
 from aiockpt.restore.apply import MIXED, apply_steps, bump_versions
 from aiockpt.restore.checkpoint_view import CheckpointView
 from aiockpt.restore.choose import Choice, choose
@@ -156,7 +155,7 @@ def _first_of(
 ) -> tuple[T, dict[int, str]] | None:
     for path, committed in choice.candidates:
         try:
-            with open_checkpoint(path) as checkpoint:
+            with open_checkpoint(path) as checkpoint, _of_step(checkpoint.manifest.head.step):
                 return use(checkpoint), skipped
         except CheckpointCorruptError as exc:
             if committed is None or choice.explicit:
@@ -205,22 +204,22 @@ class _Attempt:
     def restore(self, checkpoint: OpenCheckpoint) -> RestoreOutcome:
         """Read one checkpoint into the state."""
         manifest, head = f"{checkpoint.path}/manifest.json", checkpoint.manifest.head
-        with _of_step(head, manifest):
-            view = CheckpointView(checkpoint.manifest, manifest)
-            plan = match(self._targets, view, strict=self._strict)
-            view.decode_needed()
-            metadata = view.metadata()
-            reading = Reading(checkpoint, view, plan.live, plan.fresh)
-            self._faults.at(FaultPoint.TRAINER_RESTORING, checkpoint.path)
-            for device in self._targets.cuda_devices():
-                torch.cuda.synchronize(device)  # what the program enqueued may still read the old values
-            try:
-                reading.run(threads=self._threads, should_stop=self._should_stop)
-            finally:
-                if reading.live_changed:
-                    self._live_changed = True
-                    bump_versions(tensor for _, tensor in plan.live)
-            plan.build()
+        view = CheckpointView(checkpoint.manifest, manifest)
+        plan = match(self._targets, view, strict=self._strict)
+        view.decode_needed()
+        metadata = view.metadata()
+        reading = Reading(checkpoint, view, plan.live, plan.fresh)
+        self._faults.at(FaultPoint.TRAINER_RESTORING, checkpoint.path)
+        devices = self._targets.cuda_devices()
+        _wait_for(devices)  # what the program enqueued may still read the old values
+        try:
+            reading.run(threads=self._threads, should_stop=self._should_stop)
+        finally:
+            if reading.live_changed:
+                self._live_changed = True
+                bump_versions(tensor for _, tensor in plan.live)
+        _wait_for(devices)
+        plan.build()
         _warn_of_misfits(head.step, plan.mismatched)
         return RestoreOutcome(
             step=head.step,
@@ -251,20 +250,17 @@ class _Attempt:
 
 
 @contextmanager
-def _of_step(head: Head, manifest: str) -> Iterator[None]:
+def _of_step(step: int) -> Iterator[None]:
     try:
         yield
     except CheckpointCorruptError as exc:
-        exc.step = head.step
+        exc.step = step
         raise
-    except RecursionError as exc:
-        raise CheckpointCorruptError(
-            f"{manifest} is no usable manifest",
-            why="its tree is nested too deep",
-            next="restore another step",
-            step=head.step,
-            file=manifest,
-        ) from exc
+
+
+def _wait_for(devices: Iterable[torch.device]) -> None:
+    for device in devices:
+        torch.cuda.synchronize(device)
 
 
 def _warn_of_misfits(step: int, mismatched: list[tuple[str, str]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +14,12 @@ import xxhash
 
 from aiockpt.format.image import BLOCK_NBYTES, fill_sums
 from aiockpt.format.manifest import FileRecord, Head, Plan, decode_manifest, encode_manifest
+from aiockpt.format.names import RUN_RECORD_NAME
 from aiockpt.planning.local import LocalPlan, plan_local
 from aiockpt.protocol.messages import FileImage
 from aiockpt.state.collect import collect
 from aiockpt.state.values import encode_metadata, encode_values
+from aiockpt.storage.run_record import make_record
 
 _ORDINALS: dict[Path, int] = {}
 
@@ -54,7 +57,17 @@ def write_step(
     )
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "manifest.json").write_bytes(manifest)
+    _make_record(run)
     return directory
+
+
+def _make_record(run: Path) -> None:
+    if not (run / RUN_RECORD_NAME).exists():
+        fd = os.open(run, os.O_RDONLY)
+        try:
+            make_record(fd)
+        finally:
+            os.close(fd)
 
 
 def filled(plan: LocalPlan, tensors: list[torch.Tensor]) -> bytearray:
