@@ -1,0 +1,10 @@
+"""``python -m aiockpt.cli``, for where the console script is not on the path."""
+
+from __future__ import annotations
+
+import sys
+
+from aiockpt.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())
