@@ -77,7 +77,7 @@ def filled(plan: LocalPlan, tensors: list[torch.Tensor]) -> bytearray:
         arena[offset : offset + len(text)] = text
     for tensor, offset, nbytes in zip(tensors, plan.offsets, plan.sizes, strict=True):
         if nbytes:
-            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
             arena[offset : offset + nbytes] = flat.numpy().tobytes()
     return arena
 
