@@ -47,7 +47,7 @@ def choose(path: str | os.PathLike[str], step: int | None) -> Choice:
         CheckpointCorruptError: It has, without a usable head.
         StorageError: The run, or a manifest in it, cannot be read.
     """
-    where = os.path.abspath(os.fspath(path))
+    where = _absolute(path)
     if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
         raise ConfigError(
             "step was refused", why=f"{step!r} is not an int >= 0", next="give a training step", argument="step"
@@ -66,6 +66,18 @@ def choose(path: str | os.PathLike[str], step: int | None) -> Choice:
     check_run(where)
     found = scan(where)
     return _newest_first(where, found) if step is None else _the_one(where, found, step)
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    given: object = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(given, str) or not given or "\0" in given:
+        raise ConfigError(
+            "path was refused",
+            why=f"{path!r} is not the path of a directory",
+            next="give a run, or one step's directory",
+            argument="path",
+        )
+    return os.path.abspath(given)
 
 
 def _is_step_directory(path: str) -> bool:

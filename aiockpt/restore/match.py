@@ -105,7 +105,7 @@ class _Matcher:
         elif (why := self._plan.misfit(node, target.tensor)) is not None:
             self._plan.refuse(target.path, why)
         else:
-            self._plan.read_in_place(node, target.tensor)
+            self._plan.read_in_place(target.path, node, target.tensor)
 
     def _value(self, target: ValueTarget, node: Node) -> None:
         if isinstance(node, list) and node[0] == "module":

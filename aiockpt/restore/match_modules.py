@@ -77,7 +77,7 @@ class _ModuleMatcher:
         elif (why := self._plan.misfit(node, item)) is not None:
             self._plan.refuse(path, why)
         else:
-            self._plan.read_in_place(node, item)
+            self._plan.read_in_place(path, node, item)
             self.any_taken = True
         self.items[name] = item
 

@@ -155,7 +155,7 @@ class _OptimizerMatcher:
         if isinstance(option, _Plain):
             value = Fresh(None, {}, copy.deepcopy(option.value))  # two live groups may get it
         elif isinstance(live, torch.Tensor) and isinstance(option, int) and self._plan.misfit(option, live) is None:
-            self._plan.read_in_place(option, live)
+            self._plan.read_in_place(path, option, live)
             return
         else:
             value = self._plan.fresh_part(option, device=_device_in(live))
@@ -206,7 +206,7 @@ class _OptimizerMatcher:
         if not isinstance(node, int) or node < 0:
             self._step.assigned.append(SetState(path, holder, key, self._plan.fresh_part(node, device=device)))
         elif isinstance(live, torch.Tensor) and live.device == device and self._plan.misfit(node, live) is None:
-            self._plan.read_in_place(node, live)
+            self._plan.read_in_place(path, node, live)
         elif (why := self._other_shape(node, param, live, name)) is not None:
             self._plan.refuse(path, why)
         else:

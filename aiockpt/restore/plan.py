@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,13 +91,14 @@ class Plan:
     def __init__(self, view: CheckpointView) -> None:
         self.view = view
         self.steps: list[Step] = []
-        self.live_names: list[str] = []
         self.missing: list[str] = []
         self.unexpected: list[str] = []
         self.mismatched: list[tuple[str, str]] = []
         """(name, what does not fit)."""
         self._parts: list[Fresh] = []
         self._live: dict[Any, tuple[int, torch.Tensor]] = {}
+        self.live_names: dict[Any, str] = {}
+        """By a key for its memory: the dotted name of each live tensor that is overwritten."""
         self._fresh: list[tuple[int, torch.Tensor]] = []
 
     @property
@@ -121,12 +122,22 @@ class Plan:
             return f"{described(dtype, shape)} in the checkpoint, {described(tensor.dtype, tensor.shape)} in the state"
         return unfit_memory(tensor)
 
-    def read_in_place(self, entry: int, tensor: torch.Tensor) -> None:
+    def read_in_place(self, path: Segments, entry: int, tensor: torch.Tensor) -> None:
         """Have a live tensor overwritten; it fits. Of two entries for the same memory the later one counts."""
         if tensor.numel():
-            key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device, tensor.is_conj())
+            key = _memory_key(tensor)
             self._live.pop(key, None)
             self._live[key] = entry, tensor
+            self.live_names[key] = dotted(path)
+
+    def leaves(self, changed: Mapping[Any, str]) -> list[str]:
+        """Return which of the live tensors that another plan overwrote this one would leave as they are.
+
+        Args:
+            changed: ``live_names`` of that plan.
+        """
+        replaced = {_memory_key(tensor) for step in self.steps for tensor in _dropped(step) if tensor.numel()}
+        return [name for key, name in changed.items() if key not in self._live and key not in replaced]
 
     def read_fresh(
         self, entry: int, *, device: torch.device | str = "cpu", like: torch.Tensor | None = None
@@ -168,6 +179,21 @@ class Plan:
             part.value = self.view.build(part.node, part.tensors)
 
 
-def described(dtype: torch.dtype, shape: Mapping[int, int] | tuple[int, ...]) -> str:
+def _memory_key(tensor: torch.Tensor) -> Any:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device, tensor.is_conj()
+
+
+def _dropped(step: Step) -> Iterator[torch.Tensor]:
+    """Yield the tensors of an optimizer's state that give way to others, or to none."""
+    if isinstance(step, LoadOptimizer):
+        state: Any = step.optimizer.state
+        gone = [(state if holder is None else holder).get(key) for holder, key in step.removed]
+        gone += [assignment.holder.get(assignment.key) for assignment in step.assigned]
+        for item in gone:
+            inner = item.values() if isinstance(item, dict) else (item,)
+            yield from (tensor for tensor in inner if isinstance(tensor, torch.Tensor))
+
+
+def described(dtype: torch.dtype, shape: Sequence[int]) -> str:
     """Return dtype and shape as people write them."""
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"

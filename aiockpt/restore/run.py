@@ -11,14 +11,21 @@ from typing import Any, TypeVar
 
 import torch
 
-from aiockpt.errors import CheckpointCorruptError, CheckpointError, NoUsableCheckpointError, StepNotFoundError
+from aiockpt.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    NoUsableCheckpointError,
+    StateMismatchError,
+    StepNotFoundError,
+)
 from aiockpt.restore.apply import MIXED, apply_steps, bump_versions
 from aiockpt.restore.checkpoint_view import CheckpointView
 from aiockpt.restore.choose import Choice, choose
 from aiockpt.restore.match import match
-from aiockpt.restore.plan import Step
+from aiockpt.restore.plan import Plan, Step
 from aiockpt.restore.read import READ_THREADS, Reading, never
 from aiockpt.restore.targets import Targets
+from aiockpt.storage.failures import storage_errors
 from aiockpt.storage.faults import NO_FAULTS, FaultPoint, Faults
 from aiockpt.storage.readers import OpenCheckpoint, open_checkpoint
 from aiockpt.storage.run_directory import Committed
@@ -199,24 +206,27 @@ class _Attempt:
         self._should_stop = should_stop
         self._threads = threads
         self._faults = faults
-        self._live_changed = False
+        self._changed: dict[Any, str] = {}
+        """Live tensors that a bad checkpoint may have overwritten, as ``Plan.live_names``."""
 
     def restore(self, checkpoint: OpenCheckpoint) -> RestoreOutcome:
         """Read one checkpoint into the state."""
         manifest, head = f"{checkpoint.path}/manifest.json", checkpoint.manifest.head
         view = CheckpointView(checkpoint.manifest, manifest)
         plan = match(self._targets, view, strict=self._strict)
+        self._refuse_mixture(plan, head.step)
         view.decode_needed()
         metadata = view.metadata()
         reading = Reading(checkpoint, view, plan.live, plan.fresh)
-        self._faults.at(FaultPoint.TRAINER_RESTORING, checkpoint.path)
+        with storage_errors("a checkpoint was not read", checkpoint.path):
+            self._faults.at(FaultPoint.TRAINER_RESTORING, checkpoint.path)
         devices = self._targets.cuda_devices()
         _wait_for(devices)  # what the program enqueued may still read the old values
         try:
             reading.run(threads=self._threads, should_stop=self._should_stop)
         finally:
             if reading.live_changed:
-                self._live_changed = True
+                self._changed |= plan.live_names
                 bump_versions(tensor for _, tensor in plan.live)
         _wait_for(devices)
         plan.build()
@@ -232,19 +242,33 @@ class _Attempt:
             steps=plan.steps,
         )
 
+    def _refuse_mixture(self, plan: Plan, step: int) -> None:
+        """Refuse an older checkpoint that lacks what a newer, bad one has overwritten; only strict=False gets here."""
+        left = plan.leaves(self._changed)
+        if left:
+            raise StateMismatchError(
+                f"step {step} does not have {len(left)} of the tensors that a newer, bad checkpoint has overwritten",
+                why=", ".join(left[:20]) + (", …" if len(left) > 20 else ""),
+                next="start again, and restore with exclude= for what the older steps do not have",
+                step=step,
+                missing=tuple(left),
+                unexpected=(),
+                mismatched=(),
+            )
+
     @contextmanager
     def says_mixed(self) -> Iterator[None]:
         """Add to an error that leaves live tensors half overwritten that they are."""
         try:
             yield
         except CheckpointError as exc:
-            if self._live_changed:
+            if self._changed:
                 exc.why = f"{exc.why}; {MIXED}" if exc.why else MIXED
                 if "Nothing live was changed" in exc.next:
                     exc.next = exc.next.replace("Nothing live was changed", "Live tensors were changed already")
             raise
         except BaseException as exc:
-            if self._live_changed:
+            if self._changed:
                 exc.add_note(MIXED)
             raise
 

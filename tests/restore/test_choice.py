@@ -107,6 +107,15 @@ def test_what_is_no_run_is_refused(tmp_path: Path):
         assert caught.value.next
 
 
+@pytest.mark.parametrize("path", [5, None, b"x", "", "a\0b"])
+def test_what_is_no_path_is_refused(path: Any):
+    """With the argument's name."""
+    for call in (lambda: restore(path, value(0)), lambda: load_checkpoint(path)):
+        with pytest.raises(ConfigError, match="path was refused") as caught:
+            call()
+        assert caught.value.argument == "path"
+
+
 def test_a_newer_format_is_no_damage(tmp_path: Path):
     """It is not passed over for an older step."""
     write_step(tmp_path, 1, value(1))

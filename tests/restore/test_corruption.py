@@ -233,6 +233,37 @@ def test_a_state_that_is_left_mixed_is_called_so(case: str, run: Path, monkeypat
     assert "Nothing live was changed" not in str(caught.value)
 
 
+def test_an_older_step_that_lacks_what_was_overwritten_does_not_fit(run: Path):
+    """With strict=False too: a tensor of the bad step would stay in a state that counts as the older one."""
+    bad = write_step(run, 3, {"a": {"extra": torch.ones(2)}} | state(3.0))
+    flip_data(bad / FILES[2])
+    live = {"a": {"extra": torch.zeros(2)}} | state(0.0)
+    with pytest.raises(StateMismatchError, match="has overwritten") as caught:
+        restore(run, live, strict=False, threads=1)
+    assert caught.value.missing == ("a.extra",)
+    assert MIXED in str(caught.value)
+    live = {"a": {"extra": torch.zeros(2)}} | state(0.0)
+    outcome = restore(run, live, strict=False, exclude="a", threads=1)
+    assert outcome is not None
+    assert outcome.step == 2
+    assert live["a"]["extra"].tolist() == [0, 0]
+
+
+def test_optimizer_state_that_the_older_step_lacks_is_removed(run: Path):
+    """So it is no mixture, although the bad step overwrote it."""
+    shutil.rmtree(run)
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    objects = {"m": model, "o": optimizer, "z": {"t": torch.ones(1)}}
+    write_step(run, 1, objects)
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    flip_data(write_step(run, 2, objects) / "z" / Path(FILES[1]).name)
+    outcome = restore(run, objects, threads=1)
+    assert outcome is not None
+    assert (outcome.step, len(optimizer.state)) == (1, 0)
+
+
 def test_what_is_found_before_the_first_block_leaves_the_state_alone(run: Path):
     """Headers and manifest are checked first, of all files that are needed."""
     path = run / "step-2" / FILES[2]
