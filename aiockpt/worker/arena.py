@@ -39,6 +39,7 @@ class ArenaMap:
         try:
             _check(fd, nbytes)
             self._map = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
+            self._map.madvise(mmap.MADV_DONTDUMP)  # no core file as large as the training state
         finally:
             os.close(fd)
         self.nbytes = nbytes
@@ -48,7 +49,11 @@ class ArenaMap:
         return memoryview(self._map)
 
     def close(self) -> None:
-        """Unmap."""
+        """Unmap, which takes a moment: the last one to do so frees the memory.
+
+        Raises:
+            BufferError: A view was not released.
+        """
         self._map.close()
 
 

@@ -200,7 +200,6 @@ class Save:
         if isinstance(exc, StorageError):
             exc = await self._in_thread(functools.partial(self._attempt.explain, exc))
         error = as_wire_error(exc)
-        self._free_slot()  # no thread reads the arena: the writers have returned
         if error.kind == "unknown_commit":
             await self._in_thread(self._attempt.leave)
             self._state = advance(self._state, SaveEvent.LOSE)
@@ -211,11 +210,12 @@ class Save:
         if error.kind == "internal":
             _log.error("step %d: %s\n%s", self._begin.step, error.why, error.traceback)
         self._s.send(Failed(save_id=self.save_id, error=error))
+        self._free_slot()  # no thread reads the arena: the writers have returned
 
     async def _remove(self) -> None:
         try:
             await self._in_thread(self._attempt.remove)
-        except StorageError as exc:
+        except OSError as exc:  # a StorageError is one
             _log.warning("%s is left in the run, and removed by the next job there\n%s", self._attempt.name, exc)
 
     def _free_slot(self) -> None:

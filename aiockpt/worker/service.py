@@ -176,8 +176,10 @@ class _Service:
                 moved, busy = self._activity.look()
                 self._link.send(Beat(moved=moved, busy=busy))
 
-    async def _reserve(self, message: Reserve) -> None:
+    async def _reserve(self, message: Reserve, old: ArenaMap | None) -> None:
         def make() -> tuple[int, ArenaMap]:
+            if old is not None:
+                old.close()  # before the look at what is free
             fd = allocate(
                 message.nbytes,
                 capacity=message.capacity,
@@ -289,8 +291,8 @@ class _Service:
     def _greet(self, message: Message) -> None:
         self._link.send(Hello(magic=MAGIC, protocol=PROTOCOL_VERSION, package=__version__, path=PACKAGE_PATH))
         setup = check_hello(message, package=__version__, path=PACKAGE_PATH).setup
-        if setup is None:
-            raise ProtocolError("the trainer's Hello has no setup")
+        if setup is None or setup.beat_interval <= 0:
+            raise ProtocolError("the trainer's Hello has no setup, or one that cannot be")
         self._setup = setup
         self._tasks.start_soon(self._open_run, setup)
 
@@ -298,32 +300,29 @@ class _Service:
         self._refuse_with_slot("Reserve")
         if message.nbytes <= 0:
             raise ProtocolError(f"an arena of {message.nbytes} bytes was asked for")
-        self._drop_arena()
         self._is_reserving = True
-        self._tasks.start_soon(self._reserve, message)
+        old, self._arena = self._arena, None
+        self._tasks.start_soon(self._reserve, message, old)
 
     def _adopt(self, message: Adopt, fds: list[int]) -> None:
         self._refuse_with_slot("Adopt")
         if len(fds) != 1:
             raise ProtocolError(f"an arena came with {len(fds)} descriptors")
-        self._drop_arena()
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
         try:
             self._arena = ArenaMap(fds.pop(), message.nbytes)
         except (OSError, ValueError) as exc:
             raise ProtocolError("the arena that came with Adopt was not mapped", why=str(exc)) from exc
-
-    def _drop_arena(self) -> None:
-        if self._arena is not None:
-            self._arena.close()
-            self._arena = None
 
     def _refuse_with_slot(self, name: str) -> None:
         if self._is_reserving or any(save.holds_slot for save in self._saves.values()):
             raise ProtocolError(f"a {name} came while the arena was in use")
 
     def _begin_save(self, message: BeginSave) -> None:
-        if self._around is None:
-            return  # the trainer died before the run was open: nothing was promised
+        if self._around is None or self._is_closing:
+            return  # the trainer died before the run was open, or said Close before: nothing was promised
         self._refuse_with_slot("BeginSave")
         if self._arena is None or message.save_id in self._saves:
             raise ProtocolError("a save began without an arena, or twice")

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 import anyio
 import anyio.to_thread
 
-from aiockpt.errors import StorageError
 from aiockpt.format.names import trash_name
 from aiockpt.storage.commit import remove_tree
 from aiockpt.worker.activity import Activity
@@ -94,7 +93,7 @@ class Sweeper:
         self._is_working = True
         try:
             await anyio.to_thread.run_sync(self._remove_now, name, limiter=self._limiter)
-        except StorageError as exc:
+        except OSError as exc:  # a StorageError is one
             _log.warning("%s is left in the run\n%s", name, exc)
 
     def _notify(self) -> None:

@@ -239,7 +239,7 @@ class Worker:
         self.end(save)
 
     def outcome(self, save: Save, timeout: float = PATIENCE_SECONDS) -> Committed | WireError:
-        """Wait for the save's end and the free slot; exactly one of each comes."""
+        """Wait for the save's end and the free slot behind it; exactly one of each comes."""
 
         def answers() -> list[Message]:
             mine = [m for m in self.seen if getattr(m, "save_id", "") == save.save_id]
@@ -247,9 +247,8 @@ class Worker:
 
         while len(answers()) < 2:
             self.next(Committed, Failed, SlotFree, timeout=timeout)
-        first, second = answers()
-        end, free = (second, first) if isinstance(first, SlotFree) else (first, second)
-        assert isinstance(free, SlotFree)
+        end, free = answers()
+        assert isinstance(free, SlotFree), "the outcome comes before the slot is free"
         assert isinstance(end, (Committed, Failed))
         return end.error if isinstance(end, Failed) else end
 

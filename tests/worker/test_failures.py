@@ -117,6 +117,15 @@ def test_direct_io_refused_at_open(tmp_path: Path) -> None:
     check_checkpoint(tmp_path / "run/step-1", save)
 
 
+def test_direct_io_refused_at_a_write(tmp_path: Path) -> None:
+    """As some file systems do that took the flag: the same block goes through the page cache, and all that follow."""
+    save = Save(snapshot(("model", 40 << 20)), step=1)
+    refusal = rule("worker.block_write", "errno", errno=errno.EINVAL, path="*.safetensors", nth=2)
+    with worker(tmp_path / "run", faults=refusal) as child:
+        assert child.commit(save).timings["buffered"] == 1.0
+    check_checkpoint(tmp_path / "run/step-1", save)
+
+
 @contextlib.contextmanager
 def small_disk(path: Path, size: str) -> Iterator[Path]:
     path.mkdir()

@@ -81,10 +81,11 @@ def test_another_version(tmp_path: Path, change: dict[str, object]) -> None:
         assert repr(next(iter(change.values()))) in child.words()
 
 
-def test_no_setup(tmp_path: Path) -> None:
-    """A Hello that says not what to do."""
+@pytest.mark.parametrize("changes", [{"setup": None}, {"beat": 0.0}])
+def test_no_usable_setup(tmp_path: Path, changes: dict[str, object]) -> None:
+    """A Hello that says not what to do, or to beat without a pause."""
     with worker(tmp_path / "run", ready=False) as child:
-        child.hello(setup=None)
+        child.hello(**changes)  # type: ignore[arg-type]
         check_refused(child)
 
 
