@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from aiockpt.coordinator.results import Restored
-from aiockpt.restore.load import load_checkpoint
-from aiockpt.restore.run import RestoreOutcome, apply_outcome, restore_run
-from aiockpt.restore.targets import Targets, read_targets
+from aiockpt.restoring.load import load_checkpoint
+from aiockpt.restoring.run import RestoreOutcome, apply_outcome, restore_run
+from aiockpt.restoring.targets import Targets, read_targets
 from aiockpt.storage.run_directory import scan
 
 __all__ = ["begin", "finish", "load", "read", "steps"]

@@ -13,8 +13,8 @@ from aiockpt.coordinator.results import Restored
 from aiockpt.coordinator.saves import Saves
 from aiockpt.coordinator.saving import Saving
 from aiockpt.errors import CheckpointCorruptError
-from aiockpt.restore.run import RestoreOutcome, restore_run
-from aiockpt.restore.targets import Targets
+from aiockpt.restoring.run import RestoreOutcome, restore_run
+from aiockpt.restoring.targets import Targets
 from aiockpt.staging.stager import Stager
 from aiockpt.storage.claim import RunClaim
 from aiockpt.storage.run_directory import Committed

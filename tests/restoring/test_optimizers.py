@@ -10,8 +10,8 @@ import torch
 from torch import nn, optim
 
 from aiockpt.errors import StateMismatchError
-from tests.restore.restoring import fingerprint, restore
-from tests.restore.writing import write_step
+from tests.restoring.restoring import fingerprint, restore
+from tests.restoring.writing import write_step
 
 
 def layers(seed: int = 0, count: int = 3) -> nn.ModuleList:

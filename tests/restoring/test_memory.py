@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from aiockpt.state.dtypes import _DTYPES
-from tests.restore.restoring import restore
-from tests.restore.writing import write_step
+from tests.restoring.restoring import restore
+from tests.restoring.writing import write_step
 
 
 def base() -> torch.Tensor:
@@ -106,7 +106,7 @@ def test_a_graph_from_before_refuses_its_backward_pass(tmp_path: Path):
 
 def test_tensors_across_blocks_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """With blocks of 4 KiB: tensors that span many, share one, and lie in several files, by several threads."""
-    from tests.restore import writing
+    from tests.restoring import writing
 
     monkeypatch.setattr("aiockpt.format.image.BLOCK_NBYTES", 4096)
     monkeypatch.setattr(writing, "BLOCK_NBYTES", 4096)
@@ -133,7 +133,7 @@ def test_tensors_across_blocks_and_files(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_only_blocks_that_are_needed_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Damage elsewhere does not matter to a part, and its bytes are not read."""
-    from tests.restore import writing
+    from tests.restoring import writing
 
     monkeypatch.setattr("aiockpt.format.image.BLOCK_NBYTES", 4096)
     monkeypatch.setattr(writing, "BLOCK_NBYTES", 4096)

@@ -10,9 +10,9 @@ import torch
 
 from aiockpt.format.names import Segments, dotted
 from aiockpt.format.tree import Node
-from aiockpt.restore.plan import Fresh, LoadObject, LoadOptimizer, Plan, SetState
-from aiockpt.restore.selection import Selection
-from aiockpt.restore.targets import OptimizerTarget
+from aiockpt.restoring.plan import Fresh, LoadObject, LoadOptimizer, Plan, SetState
+from aiockpt.restoring.selection import Selection
+from aiockpt.restoring.targets import OptimizerTarget
 from aiockpt.state.optimizers import OptimizerItems, state_device
 
 __all__ = ["match_optimizer"]

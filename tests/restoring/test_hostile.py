@@ -12,9 +12,9 @@ from torch import nn, optim
 
 from aiockpt.errors import CheckpointCorruptError, CheckpointError, StateMismatchError
 from aiockpt.format.manifest import decode_manifest
-from aiockpt.restore.load import load_checkpoint
-from tests.restore.restoring import fingerprint, restore
-from tests.restore.writing import plan_of, rewrite_manifest, write_step
+from aiockpt.restoring.load import load_checkpoint
+from tests.restoring.restoring import fingerprint, restore
+from tests.restoring.writing import plan_of, rewrite_manifest, write_step
 
 
 def deep(depth: int, leaf: Any) -> Any:

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from aiockpt.restoring import run as run_module
 
 from aiockpt.errors import ConfigError, RestoreError, StepNotFoundError
-from aiockpt.restore import run as run_module
-from aiockpt.restore.apply import MIXED
-from aiockpt.restore.load import load_checkpoint
+from aiockpt.restoring.apply import MIXED
+from aiockpt.restoring.load import load_checkpoint
 from aiockpt.storage.commit import remove_tree, retire
 from aiockpt.storage.faults import FaultPoint, Faults
 from aiockpt.storage.readers import open_checkpoint
-from tests.restore.restoring import restore
-from tests.restore.writing import rewrite_manifest, write_step
+from tests.restoring.restoring import restore
+from tests.restoring.writing import rewrite_manifest, write_step
 
 
 def value(x: int) -> dict[str, Any]:

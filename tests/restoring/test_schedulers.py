@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.restore.restoring import restore
-from tests.restore.writing import write_step
+from tests.restoring.restoring import restore
+from tests.restoring.writing import write_step
 from tests.state.test_schedulers import MAKERS, STEPS, go_on, make
 
 

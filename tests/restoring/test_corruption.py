@@ -18,11 +18,11 @@ from aiockpt.errors import (
     StateMismatchError,
     StorageError,
 )
-from aiockpt.restore.apply import MIXED
-from aiockpt.restore.load import load_checkpoint
+from aiockpt.restoring.apply import MIXED
+from aiockpt.restoring.load import load_checkpoint
 from aiockpt.storage.run_directory import Committed
-from tests.restore.restoring import fingerprint, restore
-from tests.restore.writing import write_step
+from tests.restoring.restoring import fingerprint, restore
+from tests.restoring.writing import write_step
 
 
 def state(x: float) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from aiockpt.errors import UnsupportedValueError
 from aiockpt.format.names import Segments, dotted
 from aiockpt.format.tree import key_text
 from aiockpt.format.values import MAX_DEPTH
-from aiockpt.restore.selection import Patterns, Selection
+from aiockpt.restoring.selection import Patterns, Selection
 from aiockpt.state.modules import ModuleItems, read_module
 from aiockpt.state.objects import is_object
 from aiockpt.state.optimizers import OptimizerItems, read_optimizer

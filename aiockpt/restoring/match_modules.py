@@ -10,9 +10,9 @@ from torch import nn
 
 from aiockpt.format.names import Segments, dotted
 from aiockpt.format.tree import Node
-from aiockpt.restore.plan import LoadModule, Plan
-from aiockpt.restore.selection import Selection
-from aiockpt.restore.targets import ModuleTarget
+from aiockpt.restoring.plan import LoadModule, Plan
+from aiockpt.restoring.selection import Selection
+from aiockpt.restoring.targets import ModuleTarget
 from aiockpt.state.modules import ModuleItems
 
 __all__ = ["match_module"]

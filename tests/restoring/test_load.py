@@ -14,8 +14,8 @@ import torch
 from torch import nn, optim
 
 from aiockpt.errors import CheckpointCorruptError, ConfigError, StepNotFoundError
-from aiockpt.restore.load import load_checkpoint
-from tests.restore.writing import write_step
+from aiockpt.restoring.load import load_checkpoint
+from tests.restoring.writing import write_step
 from tests.state.rebuild import same
 
 
@@ -123,7 +123,7 @@ def test_a_map_reads_no_data(tmp_path: Path):
 
 def test_a_file_that_was_replaced_is_not_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """By name it may be another checkpoint's by now."""
-    from aiockpt.restore import load as load_module
+    from aiockpt.restoring import load as load_module
 
     step = write_step(tmp_path, 1, {"m": {"x": torch.ones(3)}})
     other = write_step(tmp_path / "other", 1, {"m": {"x": torch.zeros(3)}})

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from aiockpt.errors import StateMismatchError
 from aiockpt.format.names import dotted
-from aiockpt.restore.plan import Fresh, LoadModule, LoadObject, LoadOptimizer, SetState, SetValue, Step
+from aiockpt.restoring.plan import Fresh, LoadModule, LoadObject, LoadOptimizer, SetState, SetValue, Step
 from aiockpt.state.modules import raw_state_dict
 from aiockpt.state.objects import load_object
 from aiockpt.state.rng import RNG

@@ -9,12 +9,12 @@ from typing import Any
 from aiockpt.errors import ConfigError, StepNotFoundError
 from aiockpt.format.names import Segments, dotted
 from aiockpt.format.tree import Node, is_blob, walk
-from aiockpt.restore.checkpoint_view import CheckpointView
-from aiockpt.restore.mapped import FileMaps
-from aiockpt.restore.plan import Plan
-from aiockpt.restore.read import READ_THREADS, Reading, never
-from aiockpt.restore.run import OnBad, first_good
-from aiockpt.restore.selection import Patterns, Selection
+from aiockpt.restoring.checkpoint_view import CheckpointView
+from aiockpt.restoring.mapped import FileMaps
+from aiockpt.restoring.plan import Plan
+from aiockpt.restoring.read import READ_THREADS, Reading, never
+from aiockpt.restoring.run import OnBad, first_good
+from aiockpt.restoring.selection import Patterns, Selection
 from aiockpt.storage.readers import OpenCheckpoint
 
 __all__ = ["load_checkpoint"]

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from aiockpt.errors import ConfigError, StateMismatchError
 from aiockpt.format.names import Segments, dotted
 from aiockpt.format.tree import Node
-from aiockpt.restore.checkpoint_view import CheckpointView
-from aiockpt.restore.match_modules import match_module
-from aiockpt.restore.match_optimizers import match_optimizer
-from aiockpt.restore.plan import LoadObject, Plan, SetValue
-from aiockpt.restore.selection import Selection
-from aiockpt.restore.targets import (
+from aiockpt.restoring.checkpoint_view import CheckpointView
+from aiockpt.restoring.match_modules import match_module
+from aiockpt.restoring.match_optimizers import match_optimizer
+from aiockpt.restoring.plan import LoadObject, Plan, SetValue
+from aiockpt.restoring.selection import Selection
+from aiockpt.restoring.targets import (
     Branch,
     ModuleTarget,
     ObjectTarget,

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from aiockpt.format.names import Segments, dotted
 from aiockpt.format.tree import Node
-from aiockpt.restore.checkpoint_view import CheckpointView
-from aiockpt.restore.destinations import unfit_memory
-from aiockpt.restore.targets import Slot
+from aiockpt.restoring.checkpoint_view import CheckpointView
+from aiockpt.restoring.destinations import unfit_memory
+from aiockpt.restoring.targets import Slot
 from aiockpt.state.modules import ModuleItems
 
 __all__ = ["Fresh", "LoadModule", "LoadObject", "LoadOptimizer", "Plan", "SetState", "SetValue", "Step"]

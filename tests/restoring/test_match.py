@@ -13,9 +13,9 @@ import torch
 from torch import nn, optim
 
 from aiockpt.errors import ConfigError, StateMismatchError, UnsupportedValueError
-from aiockpt.restore.targets import read_targets
-from tests.restore.restoring import fingerprint, restore
-from tests.restore.writing import write_step
+from aiockpt.restoring.targets import read_targets
+from tests.restoring.restoring import fingerprint, restore
+from tests.restoring.writing import write_step
 
 
 def training(width: int = 4, *, seed: int = 0, bias: bool = True) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import torch
 from torch import nn, optim
 
 from aiockpt.state.rng import RNG
-from tests.restore.restoring import restore
-from tests.restore.writing import write_step
+from tests.restoring.restoring import restore
+from tests.restoring.writing import write_step
 
 pytestmark = [
     pytest.mark.gpu,

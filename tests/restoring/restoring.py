@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from aiockpt.restore.run import RestoreOutcome, apply_outcome, restore_run
-from aiockpt.restore.targets import read_targets
+from aiockpt.restoring.run import RestoreOutcome, apply_outcome, restore_run
+from aiockpt.restoring.targets import read_targets
 from aiockpt.state.collect import collect
 from aiockpt.state.values import encode_values
 

@@ -10,7 +10,7 @@ import torch
 import xxhash
 
 from aiockpt.errors import StepNotFoundError
-from aiockpt.restore.checkpoint_view import CheckpointView
+from aiockpt.restoring.checkpoint_view import CheckpointView
 from aiockpt.storage.failures import storage_errors
 from aiockpt.storage.readers import OpenCheckpoint
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from aiockpt.restore.apply import MIXED
-from tests.restore.restoring import restore
-from tests.restore.writing import write_step
+from aiockpt.restoring.apply import MIXED
+from tests.restoring.restoring import restore
+from tests.restoring.writing import write_step
 
 VALUES: list[Any] = [
     None,

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from aiockpt.errors import StateMismatchError
-from tests.restore.restoring import fingerprint, restore
-from tests.restore.writing import write_step
+from tests.restoring.restoring import fingerprint, restore
+from tests.restoring.writing import write_step
 
 
 class Tied(nn.Module):

@@ -18,13 +18,13 @@ from aiockpt.errors import (
     StateMismatchError,
     StepNotFoundError,
 )
-from aiockpt.restore.apply import MIXED, apply_steps, bump_versions
-from aiockpt.restore.checkpoint_view import CheckpointView
-from aiockpt.restore.choose import Choice, choose
-from aiockpt.restore.match import match
-from aiockpt.restore.plan import Plan, Step
-from aiockpt.restore.read import READ_THREADS, Reading, never
-from aiockpt.restore.targets import Targets
+from aiockpt.restoring.apply import MIXED, apply_steps, bump_versions
+from aiockpt.restoring.checkpoint_view import CheckpointView
+from aiockpt.restoring.choose import Choice, choose
+from aiockpt.restoring.match import match
+from aiockpt.restoring.plan import Plan, Step
+from aiockpt.restoring.read import READ_THREADS, Reading, never
+from aiockpt.restoring.targets import Targets
 from aiockpt.storage.failures import storage_errors
 from aiockpt.storage.faults import NO_FAULTS, FaultPoint, Faults
 from aiockpt.storage.readers import OpenCheckpoint, open_checkpoint

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from aiockpt.errors import ConfigError
-from aiockpt.restore.selection import ALL, Selection
+from aiockpt.restoring.selection import ALL, Selection
 
 NAMES = ["model", "model.0.weight", "model.0.bias", "model2.weight", "optimizer.state.model.0.weight.exp_avg", "rng"]
 

@@ -12,8 +12,8 @@ import torch
 
 from aiockpt.errors import RestoreError
 from aiockpt.format.image import Header
-from aiockpt.restore.checkpoint_view import CheckpointView
-from aiockpt.restore.destinations import Bounce, Destination, destination_for
+from aiockpt.restoring.checkpoint_view import CheckpointView
+from aiockpt.restoring.destinations import Bounce, Destination, destination_for
 from aiockpt.storage.readers import AlignedBuffer, OpenCheckpoint
 
 __all__ = ["READ_THREADS", "Reading", "never"]

@@ -13,8 +13,8 @@ from torch import nn, optim
 
 from aiockpt.errors import StateMismatchError
 from aiockpt.state.rng import RNG
-from tests.restore.restoring import restore
-from tests.restore.writing import write_step
+from tests.restoring.restoring import restore
+from tests.restoring.writing import write_step
 
 CLASSES = {
     name: kind
