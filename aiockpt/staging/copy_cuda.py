@@ -124,30 +124,38 @@ class DeviceCopies:
 
     def _enqueue(self, items: Sequence[Item]) -> list[tuple[torch.cuda.Event, list[Item]]]:
         ended: list[tuple[torch.cuda.Event, list[Item]]] = []
+        chunk: list[Item] = []
+        run: list[Item] = []
+        nbytes = 0
         self._wait_for_caller()
         with torch.cuda.stream(self.side.stream):
-            chunk: list[Item] = []
-            run: list[Item] = []
-            nbytes = 0
-            for item in items:
-                size = item.tensor.nbytes
-                if size >= BATCH_NBYTES:
-                    self._copy_run(run)
-                    self._layout.destination(item.position, item.tensor).copy_(plain(item.tensor), non_blocking=True)
-                else:
-                    if run and not self._adjoins(run[-1], item):
+            try:
+                for item in items:
+                    chunk.append(item)
+                    nbytes += item.tensor.nbytes
+                    self._add(item, run)
+                    if nbytes >= CHUNK_NBYTES:
                         self._copy_run(run)
-                    run.append(item)
-                chunk.append(item)
-                nbytes += size
-                if nbytes >= CHUNK_NBYTES:
-                    self._copy_run(run)
+                        ended.append((self._end_chunk(chunk), chunk))
+                        chunk, nbytes = [], 0
+                self._copy_run(run)
+            finally:  # what was enqueued must be waited for, also where the rest could not be
+                if chunk:
                     ended.append((self._end_chunk(chunk), chunk))
-                    chunk, nbytes = [], 0
-            self._copy_run(run)
-            if chunk:
-                ended.append((self._end_chunk(chunk), chunk))
         return ended
+
+    def _add(self, item: Item, run: list[Item]) -> None:
+        """Copy a large tensor, or put a small one to the ``run`` of its neighbours."""
+        if item.tensor.nbytes >= BATCH_NBYTES:
+            self._copy_run(run)
+            self._copy(item)
+            return
+        if run and not self._adjoins(run[-1], item):
+            self._copy_run(run)
+        run.append(item)
+
+    def _copy(self, item: Item) -> None:
+        self._layout.destination(item.position, item.tensor).copy_(plain(item.tensor), non_blocking=True)
 
     def _adjoins(self, last: Item, item: Item) -> bool:
         plan, order = self._layout.plan, self._layout.order
@@ -160,8 +168,7 @@ class DeviceCopies:
     def _copy_run(self, run: list[Item]) -> None:
         """Copy small tensors that lie side by side in the file: joined on the device, then one copy to the host."""
         if len(run) == 1:
-            item = run[0]
-            self._layout.destination(item.position, item.tensor).copy_(plain(item.tensor), non_blocking=True)
+            self._copy(run[0])
         elif run:
             # Made and dropped on the side stream: the caching allocator gives it out again to this stream only.
             joined = torch.cat([plain(item.tensor).reshape(-1) for item in run])

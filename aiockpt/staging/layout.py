@@ -36,7 +36,6 @@ class Layout:
         self.order = plan.order
         self.canary_nbytes = canary_nbytes
         self._destinations: list[torch.Tensor | None] = [None] * len(plan.order)
-        self._missing = len(plan.order)
         self._has_exotic = False
         self._combs: dict[int, tuple[Points, torch.Tensor]] = {}
         self.file_of = [plan.entry_files[entry] for entry in plan.order]
@@ -45,6 +44,7 @@ class Layout:
         """Offset in its file of each position."""
         self.sizes = [plan.sizes[entry] for entry in plan.order]
         """Bytes of each position."""
+        self._missing = sum(1 for nbytes in self.sizes if nbytes)
         self.empty = bytes(not nbytes for nbytes in self.sizes)
         """1 for each position without bytes."""
         self.spans: list[tuple[int, int]] = [(0, 0)] * len(plan.files)
@@ -73,7 +73,7 @@ class Layout:
             like = plain(source)
             found = self.arena.typed(self.plan.offsets[self.order[position]], like.dtype, like.shape)
             self._destinations[position] = found
-            self._missing -= 1
+            self._missing -= 1 if self.sizes[position] else 0
             self._has_exotic = self._has_exotic or like is not source
         return found
 

@@ -180,6 +180,7 @@ class Stager:
             staging.report,
             block_nbytes=self._thresholds.block_nbytes,
         )
+        self._last = staging  # also where this raises: what is in flight must end before the next one
         try:
             with torch.inference_mode(False), torch.no_grad():
                 self._copy(layout, collected, ownership, staging, progress, write_texts=write_texts)
@@ -187,7 +188,6 @@ class Stager:
             staging.abandon(exc)
             self._thread.post(partial(staging.run, progress))
             raise
-        self._last = staging
         staging.inline_s = time.perf_counter() - began
         self._thread.post(partial(staging.run, progress))
         return staging

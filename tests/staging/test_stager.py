@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aiockpt.errors import ConfigError, TornSnapshotError, UsageError
+from aiockpt.errors import ConfigError, SaveTimeoutError, TornSnapshotError, UsageError
 from aiockpt.format.image import parse_header
 from aiockpt.staging import stager as stager_module
 from aiockpt.staging.stager import Thresholds
@@ -376,3 +376,61 @@ def test_a_stager_that_is_dropped_ends_its_thread() -> None:
     del rig
     thread.join(PATIENCE_SECONDS)
     assert not thread.is_alive()
+
+
+class FakeDevice:
+    """A device whose copies arrive after some looks, or never."""
+
+    class Side:
+        device = torch.device("cuda", 0)
+
+    side = Side()
+
+    def __init__(self, looks: float) -> None:
+        self.looks = looks
+        self.seen = 0
+
+    def arrived(self) -> list[Any]:
+        self.seen += 1
+        return []
+
+    @property
+    def complete(self) -> bool:
+        return self.seen >= self.looks
+
+
+def with_device(monkeypatch: pytest.MonkeyPatch, device: FakeDevice) -> None:
+    monkeypatch.setattr(
+        stager_module.Stager, "_copy_devices", lambda self, layout, chosen, staging: staging.devices.append(device)
+    )
+
+
+def test_the_answer_waits_for_the_device(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enqueued copies are waited for, also by a cancelled save: its arena is written into until then."""
+    state = {"m": {"w": torch.randn(50)}}
+    device = FakeDevice(looks=5)
+    with_device(monkeypatch, device)
+    with rig.held():
+        staging = rig.stage(state)
+        staging.cancel()
+    assert not staging.wait(PATIENCE_SECONDS)
+    assert device.seen == 5
+    rig.save(state)
+
+
+def test_a_device_that_never_answers(make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The save fails by ``stall_timeout``; the arena stays mapped under the device, and no other save goes into it."""
+    rig = make_rig(stall_timeout=0.1)
+    state = {"m": {"w": torch.randn(50)}}
+    with_device(monkeypatch, FakeDevice(looks=float("inf")))
+    staging = rig.stage(state)
+    assert not staging.wait(PATIENCE_SECONDS)
+    assert isinstance(staging.error, SaveTimeoutError)
+    assert "cuda:0" in str(staging.error)
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="still being copied"):
+        rig.stage(state)
+    assert rig.arena is not None
+    view = rig.arena.bytes_at(0, 4096)
+    rig.arena.close()
+    view.fill_(1)
