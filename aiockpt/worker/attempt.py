@@ -120,7 +120,7 @@ class Attempt:
         """
         try:
             with self._activity.operation(f"remove {self.name}"):
-                remove_tree(self._run.fd, self.name)
+                remove_tree(self._run.fd, self.name, faults=self._faults)
         finally:
             self._close()
 
@@ -129,8 +129,17 @@ class Attempt:
         self._close()
 
     def explain(self, exc: StorageError) -> StorageError:
-        """Return what an error of this attempt means: ENOENT is a directory that is gone, or a fence."""
-        if exc.errno == errno.ENOENT and not self._run.is_gone and not self._run.holds(self.name):
+        """Return what an error of this attempt means: ENOENT is a run that is gone, or a fence."""
+        if exc.errno == errno.ENOENT and self._run.is_gone:
+            return StorageError(
+                f"step {self._begin.step} was not written: {self._run.path}",
+                why="the run directory was removed while it was in use",
+                next="check that nobody cleans up below it, and open the run again",
+                errno=errno.ENOENT,
+                path=self._run.path,
+                step=self._begin.step,
+            )
+        if exc.errno == errno.ENOENT and not self._run.holds(self.name):
             return FencedError(
                 f"step {self._begin.step} was not written",
                 why=f"its attempt {self.name} was moved away",

@@ -14,7 +14,7 @@ import anyio.to_thread
 
 from aiockpt.errors import ProtocolError, SaveCancelledError, StorageError
 from aiockpt.format.image import ALIGN, round_up
-from aiockpt.format.names import MANIFEST_NAME, attempt_name, parse_attempt
+from aiockpt.format.names import MANIFEST_NAME, attempt_name, parse_attempt, parse_step
 from aiockpt.protocol.lifecycle import SaveEvent, SaveState, advance
 from aiockpt.protocol.messages import (
     BeginSave,
@@ -271,8 +271,8 @@ def check_begin(begin: BeginSave, arena_nbytes: int) -> None:
     paths = {image.path for image in begin.files}
     if len(paths) != len(begin.files) or not all(map(_is_good_path, paths)) or not all(map(_is_good, begin.files)):
         raise ProtocolError("the save has files that cannot be")
-    if any("/" in name or name in ("", ".", "..") for name in begin.prune):
-        raise ProtocolError("retention names something outside of the run")
+    if any(parse_step(name) is None for name in begin.prune):
+        raise ProtocolError("retention names something that is no checkpoint")
 
 
 def _is_good_path(path: str) -> bool:

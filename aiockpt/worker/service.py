@@ -153,7 +153,7 @@ class _Service:
             self._link.send(Ready(pid=os.getpid(), error=as_wire_error(exc)))
             self._end(ExitStatus.NOT_READY)
             return
-        sweeper = Sweeper(run, self._activity)
+        sweeper = Sweeper(run, self._activity, self._faults)
         self._around = Surroundings(
             run=run,
             sweeper=sweeper,

@@ -13,6 +13,7 @@ import anyio.to_thread
 
 from aiockpt.format.names import trash_name
 from aiockpt.storage.commit import remove_tree
+from aiockpt.storage.faults import NO_FAULTS, Faults
 from aiockpt.worker.activity import Activity
 from aiockpt.worker.run import Run
 
@@ -31,9 +32,10 @@ class Sweeper:
     stands back while a save is open.
     """
 
-    def __init__(self, run: Run, activity: Activity) -> None:
+    def __init__(self, run: Run, activity: Activity, faults: Faults = NO_FAULTS) -> None:
         self._run = run
         self._activity = activity
+        self._faults = faults
         self._limiter = anyio.CapacityLimiter(1)
         self._at_once: deque[str] = deque()
         self._left_over: deque[str] = deque()
@@ -104,7 +106,7 @@ class Sweeper:
 
     def _remove_now(self, name: str) -> None:
         with self._activity.operation(f"remove {name}"):
-            remove_tree(self._run.fd, name)
+            remove_tree(self._run.fd, name, faults=self._faults)
 
     def _list(self) -> list[str]:
         try:

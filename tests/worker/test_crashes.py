@@ -11,25 +11,14 @@ import pytest
 from aiockpt.format.names import attempt_name
 from aiockpt.protocol.messages import Committed
 from aiockpt.storage.commit import to_trash
+from aiockpt.storage.faults import FaultPoint
 from tests.worker.driver import Ended, Save, check_checkpoint, names, rule, snapshot, wait_for, worker
 
 pytestmark = [pytest.mark.process, pytest.mark.crash]
 
-POINTS = [
-    "worker.attempt_made",
-    "worker.open_direct",
-    "worker.block_write",
-    "worker.file_sync",
-    "worker.files_durable",
-    "worker.manifest_write",
-    "worker.manifest_durable",
-    "worker.before_rename",
-    "worker.old_aside",
-    "worker.after_rename",
-    "worker.run_synced",
-    "worker.before_report",
-    "worker.prune",
-]
+ELSEWHERE = {"worker.started", "worker.allocating", "worker.reserved", "worker.torn", "worker.remove"}
+POINTS = [str(point) for point in FaultPoint if point.startswith("worker.") and point not in ELSEWHERE]
+"""Every point that a save passes before its outcome; a new one is tested by existing."""
 
 
 def die(child, save: Save, **options: object) -> None:
@@ -111,6 +100,19 @@ def test_killed_while_it_allocates(tmp_path: Path, point: str) -> None:
         with pytest.raises(Ended):
             child.reserve(1 << 20)
         assert child.wait() == -signal.SIGKILL
+
+
+def test_killed_while_it_removes(tmp_path: Path) -> None:
+    """What retention took out of the run is gone from it already; the next worker deletes the rest."""
+    run = tmp_path / "run"
+    with worker(run, faults=rule("worker.remove", "kill")) as child:
+        child.commit(Save(snapshot(), step=1))
+        child.start_save(Save(snapshot(), step=2, ordinal=2), prune=["step-1"])
+        assert child.wait() == -signal.SIGKILL
+    assert names(run, "step-") == ["step-2"]
+    assert len(names(run, ".trash.")) == 1
+    with worker(run):
+        wait_for(lambda: not names(run, ".trash."), "the sweep")
 
 
 def test_killed_at_its_start(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.process
 BEFORE_THE_RENAME = [
     "worker.attempt_made",
     "worker.open_direct",
+    "worker.preallocate",
     "worker.block_write",
     "worker.file_sync",
     "worker.files_durable",
@@ -82,6 +83,24 @@ def test_an_errno_in_retention_costs_no_commit(tmp_path: Path) -> None:
         assert child.commit(Save(snapshot(), step=2, ordinal=2), prune=["step-1"]).pruned == []
         assert names(run, "step-") == ["step-1", "step-2"]
         assert child.commit(Save(snapshot(), step=3, ordinal=3), prune=["step-1"]).pruned == ["step-1"]
+
+
+def test_an_attempt_that_cannot_be_removed_is_left(tmp_path: Path) -> None:
+    """The save has failed for its own reason, and says so; the next job reaps the rest."""
+    run = tmp_path / "run"
+    plan = FaultPlan(
+        rules=[
+            FaultRule(point="worker.file_sync", action="errno", errno=errno.EIO),
+            FaultRule(point="worker.remove", action="errno", errno=errno.EACCES),
+        ]
+    )
+    with worker(run, faults=plan) as child:
+        save = Save(snapshot(), step=1)
+        child.start_save(save)
+        assert child.outcome(save).errno == errno.EIO
+        assert names(run, ".step-1.") == [attempt_name(1, save.save_id, 0)]
+        assert "is left in the run" in child.words()
+        check_next(child, run)
 
 
 def test_an_errno_while_replacing_puts_the_old_one_back(tmp_path: Path) -> None:
@@ -207,15 +226,18 @@ def test_a_higher_term_fences(tmp_path: Path) -> None:
 
 
 def test_a_run_directory_that_goes_away(tmp_path: Path) -> None:
-    """That is no fence, but ENOENT."""
+    """That is no fence, but ENOENT, before the attempt is made and behind it."""
     run = tmp_path / "run"
-    with worker(run) as child:
-        child.commit(Save(snapshot(), step=0))
-        shutil.rmtree(run)
-        save = Save(snapshot(), step=1)
-        child.start_save(save)
-        error = child.outcome(save)
-        assert (error.kind, error.errno) == ("storage", errno.ENOENT)
+    with worker(run, faults=rule("worker.before_rename", "delay", seconds=0.3)) as child:
+        child.reserve(1 << 20)
+        for step in range(2):
+            save = Save(snapshot(), step=step)
+            child.start_save(save)
+            if not step:
+                child.next_where(lambda m: isinstance(m, Progress) and m.state == "committing")
+                wait_for(lambda: shutil.rmtree(run, ignore_errors=True) or not run.exists(), "the removal")
+            error = child.outcome(save)
+            assert (error.kind, error.errno, error.path) == ("storage", errno.ENOENT, str(run))
         assert child.close_politely() == 0
 
 

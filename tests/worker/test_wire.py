@@ -134,6 +134,7 @@ WRONG: dict[str, Callable[[Worker], list[Message]]] = {
     "an id that is a path": lambda child: [begin(SAVE, save_id="../x")],
     "a negative step": lambda child: [begin(SAVE, step=-1)],
     "retention outside of the run": lambda child: [begin(SAVE, prune=["../other"])],
+    "retention of no checkpoint": lambda child: [begin(SAVE, prune=[".lock"])],
     "a second save in the slot": lambda child: [begin(SAVE), begin(Save(SAVE.shot, step=2))],
     "an arena for an open save": lambda child: [begin(SAVE), Reserve(nbytes=4096)],
     "an empty arena": lambda child: [Reserve(nbytes=0)],
