@@ -131,10 +131,13 @@ class Worker:
 
     def send(self, message: Message, fd: int | None = None) -> None:
         data = encode(message)
-        if fd is not None:
-            socket.send_fds(self.socket, [data], [fd])
-        else:
-            self.socket.sendall(data)
+        try:
+            if fd is not None:
+                socket.send_fds(self.socket, [data], [fd])
+            else:
+                self.socket.sendall(data)
+        except BrokenPipeError:
+            raise Ended(self.words()) from None
 
     def hello(self, *, term: int = 1, linger: float | None = 10.0, beat: float = 0.02, **changes: Any) -> None:
         setup = Setup(run=str(self.run), term=term, linger_timeout=linger, beat_interval=beat)
@@ -408,6 +411,12 @@ def check_checkpoint(path: Path, save: Save) -> Manifest:
 def names(run: Path, prefix: str) -> list[str]:
     """Return what begins so in the run."""
     return sorted(name for name in os.listdir(run) if name.startswith(prefix))
+
+
+def state_of(pid: int) -> str:
+    """Return the letter of a process's state; T is stopped."""
+    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        return file.read().rpartition(")")[2].split()[0]
 
 
 def wait_for(condition: Callable[[], Any], what: str, timeout: float = PATIENCE_SECONDS) -> Any:

@@ -47,14 +47,29 @@ class Switched(Faults):
 
 
 class StoppedBeforeRename(Faults):
-    """Stops the process at once: a signal to the process as a whole may reach another thread first."""
+    """Stops the process once, and at once: a signal to the process as a whole may reach another thread first."""
+
+    where = FaultPoint.WORKER_BEFORE_RENAME
 
     def __init__(self, text: str) -> None:
-        pass
+        self._left = 1
 
     def at(self, point: FaultPoint, path: str = "") -> None:
-        if point is FaultPoint.WORKER_BEFORE_RENAME:
+        if point is self.where and self._left:
+            self._left -= 1
             signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+
+
+class StoppedWhenMade(StoppedBeforeRename):
+    """Stops where the attempt's directories stand and are empty."""
+
+    where = FaultPoint.WORKER_ATTEMPT_MADE
+
+
+class StoppedWhileAllocating(StoppedBeforeRename):
+    """Stops behind the look at the limits."""
+
+    where = FaultPoint.WORKER_ALLOCATING
 
 
 class Bug(Faults):

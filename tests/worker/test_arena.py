@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from aiockpt.errors import ProtocolError, StorageError
+from aiockpt.protocol.messages import Reserve, Reserved
 from aiockpt.worker.activity import Activity
 from aiockpt.worker.arena import PIECE_NBYTES, ArenaMap, allocate
-from tests.worker.driver import Ended, Save, check_checkpoint, rule, snapshot, worker
+from tests.worker.driver import Ended, Save, check_checkpoint, snapshot, state_of, wait_for, worker
 
 
 def make(nbytes: int, **options: object) -> int:
@@ -196,20 +197,19 @@ def test_a_memory_limited_group_refuses_with_figures(tmp_path: Path) -> None:
 @pytest.mark.crash
 def test_a_limit_that_is_hit_while_allocating_ends_the_worker_alone(tmp_path: Path) -> None:
     """The limit shrank behind the look at it: the kernel ends the worker, not this process in the same group."""
-    with (
-        memory_group() as group,
-        worker(tmp_path / "run", faults=rule("worker.allocating", "delay", seconds=0.5)) as child,
-    ):
+    with memory_group() as group, worker(tmp_path / "run", odd="StoppedWhileAllocating:") as child:
         bystander = subprocess.Popen(["sleep", "60"])
         try:
             for pid in (child.pid, bystander.pid):
                 (group / "cgroup.procs").write_text(str(pid))
             set_limit(group, 1 << 30)
-            shrink = subprocess.Popen(["sh", "-c", f"sleep 0.2; echo {96 << 20} > {set_limit(group, 1 << 30)}"])
+            child.send(Reserve(nbytes=512 << 20))
+            wait_for(lambda: state_of(child.pid) == "T", "the stop")
+            set_limit(group, 96 << 20)
+            os.kill(child.pid, signal.SIGCONT)
             with pytest.raises(Ended):
-                child.reserve(512 << 20)
+                child.next(Reserved)
             assert child.wait() == -signal.SIGKILL
-            assert shrink.wait() == 0
             assert bystander.poll() is None
         finally:
             bystander.kill()

@@ -48,7 +48,7 @@ def test_cancel_while_blocks_are_written(tmp_path: Path) -> None:
 def test_cancel_when_staged(tmp_path: Path, point: str) -> None:
     """All is staged, and the disk is slow."""
     save = Save(snapshot(), step=1)
-    with worker(tmp_path / "run", faults=rule(point, "delay", seconds=0.2)) as child:
+    with worker(tmp_path / "run", faults=rule(point, "delay", seconds=1)) as child:
         child.start_save(save)
         child.next_where(lambda m: isinstance(m, Progress) and m.state == "staged")
         child.send(Cancel(save_id=save.save_id))

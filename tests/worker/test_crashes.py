@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -12,7 +13,7 @@ from aiockpt.format.names import attempt_name
 from aiockpt.protocol.messages import Committed
 from aiockpt.storage.commit import to_trash
 from aiockpt.storage.faults import FaultPoint
-from tests.worker.driver import Ended, Save, check_checkpoint, names, rule, snapshot, wait_for, worker
+from tests.worker.driver import Ended, Save, check_checkpoint, names, rule, snapshot, state_of, wait_for, worker
 
 pytestmark = [pytest.mark.process, pytest.mark.crash]
 
@@ -23,8 +24,8 @@ POINTS = [str(point) for point in FaultPoint if point.startswith("worker.") and 
 
 def die(child, save: Save, **options: object) -> None:
     """Let the worker die on a save."""
-    child.start_save(save, **options)
     with pytest.raises(Ended):
+        child.start_save(save, **options)
         child.outcome(save)
     assert child.wait() == -signal.SIGKILL
 
@@ -88,11 +89,6 @@ def test_a_late_worker_finds_nothing_to_rename(tmp_path: Path, overwrite: bool) 
         check_checkpoint(run / "step-1", save)
 
 
-def state_of(pid: int) -> str:
-    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
-        return file.read().rpartition(")")[2].split()[0]
-
-
 @pytest.mark.parametrize("point", ["worker.allocating", "worker.reserved"])
 def test_killed_while_it_allocates(tmp_path: Path, point: str) -> None:
     """The trainer has no descriptor, so nothing of the arena is left."""
@@ -107,7 +103,8 @@ def test_killed_while_it_removes(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with worker(run, faults=rule("worker.remove", "kill")) as child:
         child.commit(Save(snapshot(), step=1))
-        child.start_save(Save(snapshot(), step=2, ordinal=2), prune=["step-1"])
+        with contextlib.suppress(Ended):
+            child.start_save(Save(snapshot(), step=2, ordinal=2), prune=["step-1"])
         assert child.wait() == -signal.SIGKILL
     assert names(run, "step-") == ["step-2"]
     assert len(names(run, ".trash.")) == 1

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,9 @@ from pathlib import Path
 import pytest
 
 from aiockpt.format.names import attempt_name
-from aiockpt.protocol.messages import Progress
 from aiockpt.storage.commit import to_trash
 from aiockpt.testing.faults import FaultPlan, FaultRule
-from tests.worker.driver import Save, Switch, check_checkpoint, names, rule, snapshot, wait_for, worker
+from tests.worker.driver import Save, Switch, check_checkpoint, names, rule, snapshot, state_of, wait_for, worker
 
 pytestmark = pytest.mark.process
 
@@ -178,26 +178,17 @@ def test_a_save_waits_for_the_room_that_retention_makes(tmp_path: Path) -> None:
 
 
 def test_an_attempt_that_was_moved_away_is_fenced(tmp_path: Path) -> None:
-    """Before its files are made, and before its rename."""
+    """Whether it is removed before its files are made, or only renamed before its own rename."""
     run = tmp_path / "run"
-    plan = FaultPlan(
-        rules=[
-            FaultRule(point="worker.attempt_made", action="delay", seconds=0.3),
-            FaultRule(point="worker.before_rename", action="delay", seconds=0.3),
-        ]
-    )
-    with worker(run, faults=plan) as child:
-        for remove in (True, False):
+    for odd, remove in (("StoppedWhenMade:", True), ("StoppedBeforeRename:", False)):
+        with worker(run, odd=odd) as child:
             save = Save(snapshot(), step=1)
             child.start_save(save)
-            name = attempt_name(1, save.save_id, 0)
-            if not remove:
-                child.next_where(lambda m: isinstance(m, Progress) and m.state == "committing")
-            wait_for(lambda name=name: (run / name).exists(), "the attempt")
-            move_away(run, name, remove=remove)
+            wait_for(lambda child=child: state_of(child.pid) == "T", "the stop")
+            move_away(run, attempt_name(1, save.save_id, 0), remove=remove)
+            os.kill(child.pid, signal.SIGCONT)
             assert child.outcome(save).kind == "fenced"
-        assert names(run, "step-") == []
-        check_next(child, run)
+            assert names(run, "step-") == names(run, ".step-") == []
 
 
 def move_away(run: Path, name: str, *, remove: bool) -> None:
@@ -228,14 +219,14 @@ def test_a_higher_term_fences(tmp_path: Path) -> None:
 def test_a_run_directory_that_goes_away(tmp_path: Path) -> None:
     """That is no fence, but ENOENT, before the attempt is made and behind it."""
     run = tmp_path / "run"
-    with worker(run, faults=rule("worker.before_rename", "delay", seconds=0.3)) as child:
-        child.reserve(1 << 20)
+    with worker(run, odd="StoppedBeforeRename:") as child:
         for step in range(2):
             save = Save(snapshot(), step=step)
             child.start_save(save)
             if not step:
-                child.next_where(lambda m: isinstance(m, Progress) and m.state == "committing")
-                wait_for(lambda: shutil.rmtree(run, ignore_errors=True) or not run.exists(), "the removal")
+                wait_for(lambda: state_of(child.pid) == "T", "the stop")
+                shutil.rmtree(run)
+                os.kill(child.pid, signal.SIGCONT)
             error = child.outcome(save)
             assert (error.kind, error.errno, error.path) == ("storage", errno.ENOENT, str(run))
         assert child.close_politely() == 0

@@ -24,6 +24,7 @@ from tests.worker.driver import (
     names,
     rule,
     snapshot,
+    state_of,
     wait_for,
     worker,
 )
@@ -79,11 +80,6 @@ def test_a_half_staged_save_is_removed(tmp_path: Path, how: str) -> None:
             child.socket.shutdown(1)
         assert child.wait() == ORPHANED
     assert sorted(os.listdir(run)) == [".lock", "step-0"]
-
-
-def state_of(pid: int) -> str:
-    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
-        return file.read().rpartition(")")[2].split()[0]
 
 
 def test_death_before_hello(tmp_path: Path) -> None:
