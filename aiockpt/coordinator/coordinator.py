@@ -20,7 +20,7 @@ from aiockpt.config import Options
 from aiockpt.coordinator import failures
 from aiockpt.coordinator.arena_owner import ArenaOwner
 from aiockpt.coordinator.desk import Desk
-from aiockpt.coordinator.loop_thread import LoopThread
+from aiockpt.coordinator.loop_thread import LoopThread, wait_for
 from aiockpt.coordinator.open_run import OpenRun
 from aiockpt.coordinator.process_hooks import forget, remember
 from aiockpt.coordinator.restoring import Restoring
@@ -31,8 +31,10 @@ from aiockpt.coordinator.saving import WhenBusy
 from aiockpt.coordinator.schedule import Schedule
 from aiockpt.coordinator.supervisor import Supervisor
 from aiockpt.errors import CheckpointError, ConfigError, UsageError
+from aiockpt.planning.local import LocalPlan
 from aiockpt.protocol.messages import Message, Reserved, Setup
 from aiockpt.staging.stager import Stager
+from aiockpt.state.collect import Collected
 from aiockpt.storage.claim import RunClaim
 from aiockpt.storage.faults import NO_FAULTS, Faults
 from aiockpt.worker.link import Link
@@ -43,6 +45,8 @@ _log = logging.getLogger("aiockpt.coordinator")
 
 T = TypeVar("T")
 
+ABANDON_SECONDS = 5.0
+"""For the worker to confirm a cancellation at close; it is killed a little later anyway."""
 EXIT_SECONDS = 30.0
 """At the interpreter's exit: for copies that are under way to end, so that the worker can finish the save."""
 
@@ -199,14 +203,15 @@ class Coordinator:
     def prepare(self, state: Mapping[str, Any]) -> Future[None]:
         """Make the arena for ``state``; reads the state in the calling thread, the rest goes on behind it."""
         loop = self.check_open()
-        return loop.submit(self._prepare, self._opened.saving.plan(state).arena_nbytes)
+        return loop.submit(self._prepare, *self._opened.saving.plan(state))
 
-    async def _prepare(self, nbytes: int) -> None:
+    async def _prepare(self, plan: LocalPlan, collected: Collected) -> None:
         me = object()
         while not self._desk.take_slot(me):
-            await self.wait_for(self._desk.when_free())
+            await wait_for(self._desk.when_free())
         try:
-            await self._arena.ensure(nbytes)
+            arena = await self._arena.ensure(plan.arena_nbytes)
+            await anyio.to_thread.run_sync(self._stager.prepare, plan, collected, arena)
         finally:
             self._desk.free_slot(me)
 
@@ -235,7 +240,7 @@ class Coordinator:
         return self.check_open().submit(self._read, call)
 
     async def _read(self, call: Callable[[Restoring], T]) -> T:
-        await self.wait_for(self._desk.when_idle())
+        await wait_for(self._desk.when_idle())
         return await anyio.to_thread.run_sync(call, self._opened.restoring)
 
     @property
@@ -303,13 +308,13 @@ class Coordinator:
         why = "close(drain=False)"
         if drain:
             with anyio.move_on_at(deadline):
-                await self.wait_for(self._desk.when_idle(), self._left)
+                await wait_for(self._desk.when_idle(), self._left)
             why = "close_timeout passed"
         if not self._left.is_set():  # else the worker is to finish what is staged
             for save in self._desk.in_flight():
                 saves.give_up(save, failures.abandoned(save, why))
             with anyio.move_on_after(ABANDON_SECONDS):
-                await self.wait_for(self._desk.when_idle())
+                await wait_for(self._desk.when_idle())
         saves.fail_all(failures.left if self._left.is_set() else lambda _: failures.closed())
 
     def _release(self) -> None:
@@ -382,24 +387,3 @@ class Coordinator:
         self._supervisor.forget_in_child()
         if self._run is not None:
             self._run.claim.forget_in_child()
-
-    @staticmethod
-    async def wait_for(future: Future[Any], *others: anyio.Event) -> None:
-        """Wait on the loop until a future is done, or until one of the events is set."""
-        if future.done():
-            return
-        done = anyio.Event()
-        token = anyio.lowlevel.current_token().native_token
-        future.add_done_callback(lambda _: token.call_soon_threadsafe(done.set))  # type: ignore[attr-defined]  # asyncio's
-        async with anyio.create_task_group() as tasks:
-
-            async def watch(event: anyio.Event) -> None:
-                await event.wait()
-                tasks.cancel_scope.cancel()
-
-            for event in (done, *others):
-                tasks.start_soon(watch, event)
-
-
-ABANDON_SECONDS = 5.0
-"""For the worker to confirm a cancellation at close; it is killed a little later anyway."""

@@ -15,7 +15,7 @@ import anyio.lowlevel
 
 from aiockpt.errors import UsageError
 
-__all__ = ["LoopThread"]
+__all__ = ["LoopThread", "wait_for"]
 
 T = TypeVar("T")
 
@@ -114,6 +114,23 @@ class LoopThread:
         """Cancel what still runs and end the loop; ``ended`` says when, or with what error."""
         if self._stop is not None:
             self.post(self._stop.set)
+
+
+async def wait_for(future: Future[Any], *others: anyio.Event) -> None:
+    """Wait on the loop until a future is done, or until one of the events is set."""
+    if future.done():
+        return
+    done = anyio.Event()
+    token = anyio.lowlevel.current_token().native_token
+    future.add_done_callback(lambda _: token.call_soon_threadsafe(done.set))  # type: ignore[attr-defined]  # asyncio's
+    async with anyio.create_task_group() as tasks:
+
+        async def watch(event: anyio.Event) -> None:
+            await event.wait()
+            tasks.cancel_scope.cancel()
+
+        for event in (done, *others):
+            tasks.start_soon(watch, event)
 
 
 def _closed() -> UsageError:

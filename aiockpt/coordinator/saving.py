@@ -102,10 +102,10 @@ class Saving:
         finally:
             self._busy.release()
 
-    def plan(self, state: Mapping[str, Any]) -> LocalPlan:
-        """Return the plan that a save of ``state`` would have."""
+    def plan(self, state: Mapping[str, Any]) -> tuple[LocalPlan, Collected]:
+        """Return the plan that a save of ``state`` would have, and what it is of."""
         collected = collect(state)
-        return self.plans.plan(collected.entries, collected.tree, collected.plain_files)
+        return self.plans.plan(collected.entries, collected.tree, collected.plain_files), collected
 
     def _save(
         self,
@@ -129,10 +129,9 @@ class Saving:
             return record
         try:
             record.overwrite = self._replaces(step, overwrite)  # the save before may have committed it
-            collected = collect(state)
+            plan, collected = self.plan(state)
             record.values = encode_values(collected.values)
             record.metadata = encoded_metadata
-            plan = self.plans.plan(collected.entries, collected.tree, collected.plain_files)
         except BaseException:
             self._desk.free_slot(record)
             raise

@@ -41,8 +41,9 @@ __all__ = ["Supervisor", "Tenant"]
 
 _log = logging.getLogger("aiockpt.supervisor")
 
-DRAIN_SECONDS = 0.5
-"""For the last frames and lines of a dead worker: they lie in the kernel already."""
+DRAIN_SECONDS = 2.0
+"""For the last frames and lines of a dead worker: they lie in the kernel already, and end-of-file follows them unless a
+forked child holds the other end."""
 REAP_SECONDS = 5.0
 """For SIGKILL to work on a process that is not stuck in the kernel."""
 
