@@ -21,7 +21,8 @@ __all__ = ["WorkerProcess", "describe_exit"]
 
 _log = logging.getLogger("aiockpt.worker")
 
-_TAIL_LINES = 20
+_TAIL_LINES = 100
+"""Kept for the error: a crash in native code says what it was first, then where each of a dozen threads stood."""
 _LONGEST_LINE = 8 << 10
 
 
