@@ -96,7 +96,6 @@ class _Service:
         self._arena: ArenaMap | None = None
         self._is_reserving = False
         self._saves: dict[str, Save] = {}
-        self._dropped = 0  # messages about saves that had ended
         self._is_closing = False
         self._is_orphaned = False
         self._status: ExitStatus | None = None
@@ -334,8 +333,7 @@ class _Service:
     def _tell_save(self, message: Staged | EndStaging | Cancel) -> None:
         save = self._saves.get(message.save_id)
         if save is None or not save.holds_slot:
-            self._dropped += 1  # it had failed before the trainer heard of it
-            return
+            return  # it had ended before the trainer heard of it
         match message:
             case Staged():
                 save.staged(message)
