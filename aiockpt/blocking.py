@@ -121,7 +121,7 @@ class Checkpointer(Face):
         metadata: Any = None,
     ) -> Save[Any]:
         """Take a snapshot of ``state``; see ``aiockpt.Checkpointer.save``."""
-        record = self._coordinator.save(
+        record = self._coordinator.saving.save(
             step, state, timeout=timeout, when_busy=when_busy, overwrite=overwrite, metadata=metadata
         )
         return Save(record, self._coordinator)

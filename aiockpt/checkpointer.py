@@ -225,7 +225,7 @@ class Checkpointer(Face):
 
         Does not yield: copying what must be copied holds the calling thread on purpose.
         """
-        record = self._coordinator.save(
+        record = self._coordinator.saving.save(
             step, state, timeout=timeout, when_busy=when_busy, overwrite=overwrite, metadata=metadata
         )
         return Save(record, self._coordinator)

@@ -27,7 +27,7 @@ from aiockpt.coordinator.restoring import Restoring
 from aiockpt.coordinator.results import Statistics
 from aiockpt.coordinator.save_record import SaveRecord
 from aiockpt.coordinator.saves import Saves
-from aiockpt.coordinator.saving import WhenBusy
+from aiockpt.coordinator.saving import Saving
 from aiockpt.coordinator.schedule import Schedule
 from aiockpt.coordinator.supervisor import Supervisor
 from aiockpt.errors import CheckpointError, ConfigError, UsageError
@@ -179,21 +179,11 @@ class Coordinator:
 
     # ---- saving
 
-    def save(
-        self,
-        step: int,
-        state: Mapping[str, Any],
-        *,
-        timeout: float | None,
-        when_busy: WhenBusy,
-        overwrite: bool,
-        metadata: Any,
-    ) -> SaveRecord:
-        """Take a snapshot of ``state``; see ``Saving.save``."""
+    @property
+    def saving(self) -> Saving:
+        """The part of a save that the calling thread does."""
         self.check_open()
-        return self._opened.saving.save(
-            step, state, timeout=timeout, when_busy=when_busy, overwrite=overwrite, metadata=metadata
-        )
+        return self._opened.saving
 
     def cancel(self, save: SaveRecord) -> None:
         """Ask for the end of a save."""

@@ -22,10 +22,10 @@ class SaveRecord:
     are for any thread: ``staged`` (the caller may write to the state again) and ``outcome``.
     """
 
-    def __init__(self, step: int, *, overwrite: bool, timeout: float | None) -> None:
+    def __init__(self, step: int, *, timeout: float | None) -> None:
         self.save_id = uuid.uuid4().hex
         self.step = step
-        self.overwrite = overwrite
+        self.overwrite = False
         self.timeout = timeout
         self.state = SaveState.PLANNED
         self.outcome: Future[Saved | None] = Future()

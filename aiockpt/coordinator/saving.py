@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from typing import Any, Literal
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
 
 from aiockpt.config import Options
 from aiockpt.coordinator.arena_owner import ArenaOwner
@@ -42,6 +43,17 @@ WhenBusy = Literal["wait", "skip", "raise"]
 
 PATIENCE_SECONDS = 1.0
 """After which a thread that ``save()`` holds is told why."""
+
+
+class Call(NamedTuple):
+    """The arguments of ``save()``."""
+
+    step: int
+    state: Mapping[str, Any]
+    timeout: float | None
+    when_busy: WhenBusy
+    overwrite: bool
+    metadata: Any
 
 
 class Saving:
@@ -89,8 +101,18 @@ class Saving:
         """Take the snapshot; returns when training may go on.
 
         Raises:
-            CheckpointError: As DESIGN lists for ``save()`` itself; nothing was begun.
+            CheckpointError: As ``Checkpointer.save`` lists; nothing was begun.
         """
+        with self._one_thread():
+            return self._save(Call(step, state, timeout, when_busy, overwrite, metadata))
+
+    def plan(self, state: Mapping[str, Any]) -> tuple[LocalPlan, Collected]:
+        """Return the plan that a save of ``state`` would have, and what it is of."""
+        collected = collect(state)
+        return self.plans.plan(collected.entries, collected.tree, collected.plain_files), collected
+
+    @contextmanager
+    def _one_thread(self) -> Iterator[None]:
         if not self._busy.acquire(blocking=False):
             raise UsageError(
                 "save() was called while another thread, or a signal handler's victim, is in it",
@@ -98,47 +120,35 @@ class Saving:
                 next="save from one thread; from a signal handler call request_save()",
             )
         try:
-            return self._save(step, state, timeout, when_busy, overwrite, metadata)
+            yield
         finally:
             self._busy.release()
 
-    def plan(self, state: Mapping[str, Any]) -> tuple[LocalPlan, Collected]:
-        """Return the plan that a save of ``state`` would have, and what it is of."""
-        collected = collect(state)
-        return self.plans.plan(collected.entries, collected.tree, collected.plain_files), collected
-
-    def _save(
-        self,
-        step: int,
-        state: Mapping[str, Any],
-        timeout: float | None,
-        when_busy: WhenBusy,
-        overwrite: bool,
-        metadata: Any,
-    ) -> SaveRecord:
-        _check_arguments(step, timeout, when_busy)
+    def _save(self, call: Call) -> SaveRecord:
+        step = call.step
+        _check_arguments(step, call.timeout, call.when_busy)
         self._raise_unheard(step)
-        replaces = self._replaces(step, overwrite)
-        encoded_metadata = encode_metadata(metadata)
-        record = SaveRecord(step, overwrite=replaces, timeout=timeout)
-        if not self._admit(record, when_busy):
+        self._replaces(step, call.overwrite)
+        metadata = encode_metadata(call.metadata)
+        record = SaveRecord(step, timeout=call.timeout)
+        if not self._admit(record, call.when_busy):
             record.move(SaveEvent.SKIP)
             record.staged.set_result(None)
             record.outcome.set_result(None)
             self.skipped += 1
             return record
         try:
-            record.overwrite = self._replaces(step, overwrite)  # the save before may have committed it
-            plan, collected = self.plan(state)
+            record.overwrite = self._replaces(step, call.overwrite)  # the save before may have committed it
+            plan, collected = self.plan(call.state)
             record.values = encode_values(collected.values)
-            record.metadata = encoded_metadata
+            record.metadata = metadata
         except BaseException:
             self._desk.free_slot(record)
             raise
         self._schedule.saved(time.monotonic())
         self._desk.add(record)
         record.timings |= {f"state_dict:{key}": seconds for key, seconds in collected.slow.items()}
-        if timeout is not None:
+        if call.timeout is not None:
             self._loop.post(self._saves.watch_timeout, record)
         self._stage(record, plan, collected)
         record.stamp("blocked")

@@ -13,7 +13,7 @@ from aiockpt.protocol.lifecycle import SaveEvent
 
 
 def record(step: int = 0) -> SaveRecord:
-    return SaveRecord(step, overwrite=False, timeout=None)
+    return SaveRecord(step, timeout=None)
 
 
 def failed(desk: Desk, step: int) -> SaveRecord:

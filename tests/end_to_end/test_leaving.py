@@ -64,7 +64,7 @@ def test_several_failures_are_one_group(tmp_path: Path) -> None:
 
 def _add_failure(ckpt: blocking.Checkpointer, step: int) -> None:
     """Put a save that nobody awaited on the desk as failed: with one slot, two at once need a fake."""
-    record = SaveRecord(step, overwrite=False, timeout=None)
+    record = SaveRecord(step, timeout=None)
     ckpt._coordinator._desk.add(record)
     record.move(SaveEvent.FAIL)
     record.outcome.set_exception(aiockpt.SaveTimeoutError("late", step=step))
