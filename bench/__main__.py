@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         machine=facts(plan.directory),
         args={name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         floors=outcome.floors,
-        rows=[measured.row(args.question, outcome.floors) for measured in outcome.measured],
+        rows=[measured.row(args.question) for measured in outcome.measured],
         skipped=outcome.skipped,
         notes=outcome.notes,
     )

@@ -1,16 +1,16 @@
 """Floors: what this machine can do at best, in a process that does nothing else.
 
-``python -m bench.floors --size 2GiB --dir DIR`` prints one sample of each as JSON. No torch, no checksums, no format:
-a copy into memory that is there already, direct writes with one fdatasync, direct reads.
+No torch, no checksums, no format: a copy into memory that is there already, direct writes with one fdatasync, direct
+reads. The process keeps its memory, and measures once for each line on its standard input (``write 4``).
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import mmap
 import os
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,90 +18,91 @@ from pathlib import Path
 
 from bench.sizes import size_argument
 
-__all__ = ["MEMCPY_THREADS", "THREADS", "main", "sample"]
+__all__ = ["THREADS", "Bench", "main"]
 
-THREADS = (1, 2, 4, 8)
-MEMCPY_THREADS = (1, 2)
+THREADS = {"memcpy": (1, 2), "write": (1, 2, 4, 8), "read": (1, 2, 4, 8)}
+"""Each floor with the numbers of threads to try; the best one counts."""
 _BLOCK_NBYTES = 16 << 20
 _SPAN_NBYTES = 64 << 20
 _libc = ctypes.CDLL(None, use_errno=True)  # its calls release the GIL
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
-def sample(nbytes: int, directory: Path) -> dict[str, dict[str, float]]:
-    """Measure each floor once, for each number of threads, in GB/s."""
-    nbytes = max(4096, nbytes - nbytes % 4096)
-    source, target = _memory(nbytes), _memory(nbytes)
-    file = directory / "floor"
-    result: dict[str, dict[str, float]] = {"memcpy_gbps": {}, "write_gbps": {}, "read_gbps": {}}
-    for threads in MEMCPY_THREADS:
-        result["memcpy_gbps"][str(threads)] = nbytes / _copy(source, target, nbytes, threads) / 1e9
-    for threads in THREADS:
-        result["write_gbps"][str(threads)] = nbytes / _write(file, source, nbytes, threads) / 1e9
-    for threads in THREADS:
-        result["read_gbps"][str(threads)] = nbytes / _read(file, target, nbytes, threads) / 1e9
-    file.unlink()
-    return result
+class Bench:
+    """Memory and a file to measure with.
 
+    Args:
+        nbytes: Of memory and file.
+        directory: Where the file goes.
+    """
 
-def _memory(nbytes: int) -> mmap.mmap:
-    """Return anonymous memory, every page of it faulted in with its own content."""
-    memory = mmap.mmap(-1, nbytes)
-    noise = os.urandom(1 << 20)
-    for start in range(0, nbytes, len(noise)):
-        memory[start : start + len(noise)] = noise[: min(len(noise), nbytes - start)]
-    return memory
+    def __init__(self, nbytes: int, directory: Path) -> None:
+        self._nbytes = max(8192, nbytes - nbytes % 8192)
+        self._file = directory / "floor"
+        self._memory = mmap.mmap(-1, self._nbytes)
+        noise = os.urandom(1 << 20)
+        for start in range(0, self._nbytes, len(noise)):  # every page faulted in, with content of its own
+            part = noise[: self._nbytes - start]
+            self._memory[start : start + len(part)] = part
 
+    def measure(self, floor: str, threads: int) -> float:
+        """Measure once; returns GB/s."""
+        if floor == "memcpy":
+            return self._nbytes / 2 / self._copy(threads) / 1e9
+        return self._nbytes / (self._write(threads) if floor == "write" else self._read(threads)) / 1e9
 
-def _address(memory: mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    def close(self) -> None:
+        """Remove the file."""
+        self._file.unlink(missing_ok=True)
 
+    def _copy(self, threads: int) -> float:
+        """Copy the first half of the memory over the second."""
+        half = self._nbytes // 2
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
 
-def _copy(source: mmap.mmap, target: mmap.mmap, nbytes: int, threads: int) -> float:
-    start_of_source, start_of_target = _address(source), _address(target)
+        def copy(start: int, stop: int) -> None:
+            ctypes.memmove(address + half + start, address + start, stop - start)
 
-    def copy(start: int, stop: int) -> None:
-        ctypes.memmove(start_of_target + start, start_of_source + start, stop - start)
+        return _timed(copy, half, threads, _SPAN_NBYTES)
 
-    return _timed(copy, nbytes, threads, _SPAN_NBYTES, lambda: None)
+    def _write(self, threads: int) -> float:
+        self._file.unlink(missing_ok=True)
+        os.sync()  # the removal of the last file is not what is measured
+        view = memoryview(self._memory)
+        descriptor = _open_direct(self._file, os.O_WRONLY | os.O_CREAT)
 
+        def write(start: int, stop: int) -> None:
+            while start < stop:
+                start += os.pwrite(descriptor, view[start:stop], start)
 
-def _write(file: Path, source: mmap.mmap, nbytes: int, threads: int) -> float:
-    file.unlink(missing_ok=True)
-    view = memoryview(source)
-    descriptor = _open_direct(file, os.O_WRONLY | os.O_CREAT)
+        try:
+            begin = time.perf_counter()
+            # Reserving the space is a part of every good writer, and where a file system cannot, the write does it.
+            _libc.fallocate(descriptor, 0, 0, self._nbytes)
+            reserved = time.perf_counter() - begin
+            return reserved + _timed(write, self._nbytes, threads, _BLOCK_NBYTES, lambda: os.fdatasync(descriptor))
+        finally:
+            view.release()
+            os.close(descriptor)
 
-    def write(start: int, stop: int) -> None:
-        while start < stop:
-            start += os.pwrite(descriptor, view[start:stop], start)
+    def _read(self, threads: int) -> float:
+        if not self._file.exists():
+            self._write(threads)
+        view = memoryview(self._memory)
+        descriptor = _open_direct(self._file, os.O_RDONLY)
 
-    try:
-        # Reserving the space is a part of every good writer, and where a file system cannot, the write does it.
-        begin = time.perf_counter()
-        _libc.fallocate(descriptor, 0, 0, nbytes)
-        reserved = time.perf_counter() - begin
-        return reserved + _timed(write, nbytes, threads, _BLOCK_NBYTES, lambda: os.fdatasync(descriptor))
-    finally:
-        view.release()
-        os.close(descriptor)
+        def read(start: int, stop: int) -> None:
+            while start < stop:
+                count = os.preadv(descriptor, [view[start:stop]], start)
+                if not count:
+                    raise OSError(f"{self._file} ends at {start}")
+                start += count
 
-
-def _read(file: Path, target: mmap.mmap, nbytes: int, threads: int) -> float:
-    view = memoryview(target)
-    descriptor = _open_direct(file, os.O_RDONLY)
-
-    def read(start: int, stop: int) -> None:
-        while start < stop:
-            count = os.preadv(descriptor, [view[start:stop]], start)
-            if not count:
-                raise OSError(f"{file} ends at {start}")
-            start += count
-
-    try:
-        return _timed(read, nbytes, threads, _BLOCK_NBYTES, lambda: None)
-    finally:
-        view.release()
-        os.close(descriptor)
+        try:
+            return _timed(read, self._nbytes, threads, _BLOCK_NBYTES)
+        finally:
+            view.release()
+            os.close(descriptor)
 
 
 def _open_direct(file: Path, flags: int) -> int:
@@ -111,7 +112,13 @@ def _open_direct(file: Path, flags: int) -> int:
         return os.open(file, flags, 0o600)  # a file system without direct I/O has a buffered floor
 
 
-def _timed(work: Callable[[int, int], None], nbytes: int, threads: int, span: int, finish: Callable[[], None]) -> float:
+def _timed(
+    work: Callable[[int, int], None],
+    nbytes: int,
+    threads: int,
+    span: int,
+    finish: Callable[[], None] = lambda: None,
+) -> float:
     spans = [(start, min(start + span, nbytes)) for start in range(0, nbytes, span)]
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda _: None, range(threads)))  # the threads are there before the clock starts
@@ -122,12 +129,16 @@ def _timed(work: Callable[[int, int], None], nbytes: int, threads: int, span: in
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print one sample as JSON."""
+    """Answer each request with one rate, until end-of-file."""
     parser = argparse.ArgumentParser(prog="python -m bench.floors")
     parser.add_argument("--size", type=size_argument, required=True)
     parser.add_argument("--dir", type=Path, required=True)
     args = parser.parse_args(argv)
-    print(json.dumps(sample(args.size, args.dir)))
+    bench = Bench(args.size, args.dir)
+    for line in sys.stdin:
+        floor, threads = line.split()
+        print(bench.measure(floor, int(threads)), flush=True)
+    bench.close()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from bench.entrant import Entrant, SaveTimes, remove, stopwatch
 
 __all__ = ["FirstSave", "Guarded", "Inline"]
 
+_RETENTION_SECONDS = 30.0
+
 
 class Guarded(Entrant):
     """The default: what belongs to an optimizer that has stepped is copied behind the call."""
@@ -20,7 +23,6 @@ class Guarded(Entrant):
 
     def open(self) -> None:
         """Open the run and make the arena."""
-        self.start_s = 0.0
         self._open(self.directory / "run")
 
     def _open(self, run: Path) -> None:
@@ -40,7 +42,12 @@ class Guarded(Entrant):
         return timed_save(self.checkpointer, step, self.state.mapping)
 
     def discard(self, step: int) -> None:
-        """Retention does it: the last checkpoint goes when the next one is committed."""
+        """Wait for retention: the last checkpoint goes when the next one is committed, and that costs the disk time."""
+        deadline = time.monotonic() + _RETENTION_SECONDS
+        while len([name for name in os.listdir(self.run) if "step-" in name]) > 1:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"retention left {sorted(os.listdir(self.run))}")
+            time.sleep(0.005)
 
     def write(self) -> Path:
         """Write the checkpoint to restore from, and end the job that wrote it."""
@@ -72,12 +79,25 @@ class Inline(Guarded):
 class FirstSave(Guarded):
     """The first save of a job, after ``prepare``: a new job each time."""
 
+    def open(self) -> None:
+        """Nothing yet."""
+
     def save(self, step: int) -> SaveTimes:
         """Open a new run, then measure its first save."""
-        self.checkpointer.close()
-        remove(self.run)
-        self._open(self.directory / f"run-{step}-{time.monotonic_ns()}")
+        self._open(self.directory / f"run-{step}")
         return super().save(step)
+
+    def discard(self, step: int) -> None:
+        """End the job and remove its run, so that no later round pays for that."""
+        super().close()
+        remove(self.run)
+
+    def facts(self) -> dict[str, float]:
+        """Nothing was opened."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def timed_save(checkpointer: aiockpt.blocking.Checkpointer, step: int, state: dict[str, Any]) -> SaveTimes:

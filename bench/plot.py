@@ -34,7 +34,7 @@ def draw(report: Report, file: Path) -> None:
         )
         axes.annotate(f" {text}", (total, place), va="center", fontsize=8)
     nbytes = rows[0]["nbytes"]
-    floor = nbytes / report.floors.median("write_gbps" if save else "read_gbps") / 1e9
+    floor = nbytes / report.floors.median("write" if save else "read") / 1e9
     axes.axvline(
         floor, color="#c0392b", linestyle="--", linewidth=1.2, label=f"floor of the disk: {seconds_text(floor)}"
     )

@@ -23,23 +23,26 @@ def spread(name: str, values: list[float]) -> dict[str, float | None]:
 
 @dataclass
 class Floors:
-    """Samples of the floors over the run; a floor is that of the number of threads with the best median."""
+    """Samples of the floors in GB/s, by name, each with the number of threads that is best on this machine."""
 
-    samples: list[dict[str, dict[str, float]]] = field(default_factory=list)
+    threads: dict[str, int] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=dict)
 
-    def best(self, name: str) -> list[float]:
-        """Return the samples in GB/s of the best number of threads."""
-        threads = self.samples[0][name]
-        return max(([sample[name][count] for sample in self.samples] for count in threads), key=statistics.median)
+    def add(self, sample: dict[str, float]) -> None:
+        """Take in one sample of some floors."""
+        for floor, rate in sample.items():
+            self.samples.setdefault(floor, []).append(rate)
 
-    def median(self, name: str) -> float:
+    def median(self, floor: str) -> float:
         """Return the floor in GB/s."""
-        return statistics.median(self.best(name))
+        return statistics.median(self.samples[floor])
 
-    def as_json(self) -> dict[str, float | None]:
-        """Return all three with their extremes."""
-        names = ("memcpy_gbps", "write_gbps", "read_gbps")
-        return {key: value for name in names for key, value in spread(name, self.best(name)).items()}
+    def as_json(self) -> dict[str, Any]:
+        """Return all floors with their extremes."""
+        found: dict[str, Any] = {}
+        for floor, rates in self.samples.items():
+            found |= spread(f"{floor}_gbps", rates)
+        return {**found, "threads": self.threads}
 
 
 @dataclass
@@ -52,21 +55,23 @@ class Measured:
     """Open before the system was."""
     facts: dict[str, float]
     times: list[dict[str, float]] = field(default_factory=list)
+    floors: Floors = field(default_factory=Floors)
+    """Sampled in turn with these rounds: the disk of another minute is another disk."""
     peak_pss_bytes: int | None = None
     peak_fds: int | None = None
     child_bytes: int | None = None
 
-    def row(self, question: str, floors: Floors) -> dict[str, Any]:
+    def row(self, question: str) -> dict[str, Any]:
         """Return the row of the JSON file."""
         row: dict[str, Any] = {"system": self.key.system, "case": self.key.case, "nbytes": self.nbytes}
         for name in ("blocked_s", "staged_s", "durable_s"):
             row |= spread(name, [times[name] for times in self.times if name in times])
         total = row["durable_s"] if question == "save" else row["blocked_s"]
-        floor = floors.median("write_gbps" if question == "save" else "read_gbps")
+        floor = self.floors.median("write" if question == "save" else "read")
         row["gbps"] = gigabytes_per_second(self.nbytes, total)
         row["ratio_to_floor"] = floor / row["gbps"]
         if question == "save":
-            row["blocked_ratio_to_memcpy"] = row["blocked_s"] * floors.median("memcpy_gbps") * 1e9 / self.nbytes
+            row["blocked_ratio_to_memcpy"] = row["blocked_s"] * self.floors.median("memcpy") * 1e9 / self.nbytes
         row["peak_pss_bytes"] = self.peak_pss_bytes
         row["open_fds"] = None if self.peak_fds is None else self.peak_fds - self.descriptors
         row["worker_bytes"] = self.child_bytes

@@ -1,29 +1,30 @@
 """The order of a run: who is measured when, beside whom.
 
 Our default case runs in one process for the whole run. Every other entrant comes once, in a process of its own, and
-takes turns with ours, round by round, so that a slow minute of the disk is everybody's. Floors are sampled before the
-first entrant and after each. Memory and descriptors are sampled in a round that is not timed.
+takes turns with ours and with the floor, round by round, so that a slow minute of the disk is everybody's. Memory and
+descriptors are sampled in a round that is not timed.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.entrant import OURS, RESTORES, SAVES, Key
+from bench.floor_process import FloorProcess
 from bench.machine import drop_page_cache
 from bench.memory import PeakSampler
 from bench.process import EntrantFailedError, EntrantProcess
 from bench.results import Floors, Measured
 
 __all__ = ["Outcome", "Plan", "run"]
+
+_FLOORS = {"save": ("write", "memcpy"), "restore": ("read",)}
+"""With what each question is compared."""
 
 
 @dataclass(frozen=True)
@@ -100,42 +101,57 @@ def run(plan: Plan, say: Callable[[str], None]) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="aiockpt-bench-", dir=plan.directory) as scratch:
         directory = Path(scratch)
         say("floors")
-        outcome.floors.samples.append(_floors(plan, directory))
-        with _process(place, plan, _folder(directory, ours)) as process:
+        with (
+            FloorProcess(plan.size, directory) as floor,
+            _process(place, plan, _folder(directory, ours)) as process,
+        ):
+            outcome.floors.samples = floor.choose(plan.rounds)
+            outcome.floors.threads = floor.threads
             resident = _Entered(ours, process, plan, outcome.notes)
             outcome.measured.append(resident.measured)
+            turns = _Turns(plan, floor, resident, outcome)
             for key, place in list(entrants.items())[1:]:
                 say(f"{key.system}, {key.case}")
-                failure = _measure(key, place, plan, directory, resident, outcome)
+                failure = turns.take(key, place, _folder(directory, key))
                 if failure is not None:
                     outcome.skipped.append({"system": key.system, "case": key.case, "why": str(failure)})
-                outcome.floors.samples.append(_floors(plan, directory))
             while len(resident.measured.times) < plan.rounds:  # nobody else took part
-                resident.round()
+                turns.one(resident)
             resident.weigh()
             process.close()
     return outcome
 
 
-def _measure(
-    key: Key, place: str, plan: Plan, directory: Path, ours: _Entered, outcome: Outcome
-) -> EntrantFailedError | None:
-    """Let one entrant take turns with ours; return what ended that early."""
-    own = _folder(directory, key)
-    try:
-        with _process(place, plan, own) as process:
-            guest = _Entered(key, process, plan, outcome.notes)
-            for _ in range(plan.rounds):
-                guest.round()
-                ours.round()
-            guest.weigh()
-            process.close()
-            outcome.measured.append(guest.measured)
-    except EntrantFailedError as exc:
-        return exc
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
-    return None
+class _Turns:
+    """A guest, ours and the floor, one after the other."""
+
+    def __init__(self, plan: Plan, floor: FloorProcess, ours: _Entered, outcome: Outcome) -> None:
+        self._plan, self._floor, self._ours, self._outcome = plan, floor, ours, outcome
+
+    def take(self, key: Key, place: str, own: Path) -> EntrantFailedError | None:
+        """Measure one guest; return what ended that early."""
+        try:
+            with _process(place, self._plan, own) as process:
+                guest = _Entered(key, process, self._plan, self._outcome.notes)
+                for _ in range(self._plan.rounds):
+                    self.one(guest, self._ours)
+                guest.weigh()
+                process.close()
+                self._outcome.measured.append(guest.measured)
+        except EntrantFailedError as exc:
+            return exc
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+        return None
+
+    def one(self, *entered: _Entered) -> None:
+        """Measure each of these once, and the floors that they are compared with."""
+        for entrant in entered:
+            entrant.round()
+        sample = self._floor.sample(_FLOORS[self._plan.question])
+        self._outcome.floors.add(sample)
+        for entrant in entered:
+            entrant.measured.floors.add(sample)
 
 
 def _folder(directory: Path, key: Key) -> Path:
@@ -147,13 +163,3 @@ def _folder(directory: Path, key: Key) -> Path:
 
 def _process(place: str, plan: Plan, directory: Path) -> EntrantProcess:
     return EntrantProcess(place, question=plan.question, state=plan.state, size=plan.size, directory=directory)
-
-
-def _floors(plan: Plan, directory: Path) -> dict[str, dict[str, float]]:
-    """Sample the floors in a process of its own, which takes its memory with it."""
-    os.sync()
-    command = [sys.executable, "-m", "bench.floors", "--size", str(plan.size), "--dir", str(directory)]
-    home = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=home)
-    sample: dict[str, dict[str, float]] = json.loads(done.stdout)
-    return sample

@@ -17,8 +17,7 @@ def render(report: Report) -> str:
     floors = report.floors
     lines = [
         _machine_line(report.machine),
-        f"floors: memcpy {floors.median('memcpy_gbps'):.3g} GB/s, write {floors.median('write_gbps'):.3g} GB/s, "
-        f"read {floors.median('read_gbps'):.3g} GB/s (medians of {len(floors.samples)})",
+        "floors: " + ", ".join(f"{name} {floors.median(name):.3g} GB/s" for name in floors.samples),
         "",
         *_columns(_cells(report)),
     ]

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ __all__ = ["Run", "Story", "run"]
 
 _SAVES = 6
 """Saves of a run, about; enough for a table, few enough that each has its own training steps beside it."""
-Say = Callable[[dict[str, Any]], None]
+_TIDY_SECONDS = 5.0
 
 
 @dataclass
@@ -57,6 +57,10 @@ class Run:
                 self.digest = event["digest"]
             case "refused":
                 raise ConfigError("the demo did not start", why=event["why"], next="choose another --device")
+
+    def half_a_save(self) -> float:
+        """Return about half of the seconds that a save takes here, from those that were heard of; 0 before that."""
+        return min((save["durable"] for save in self.saves.values()), default=0.0) / 2
 
 
 @dataclass
@@ -115,7 +119,15 @@ def _directory(parent: str | None) -> Iterator[Path]:
         yield directory
     finally:
         if parent is None:
-            shutil.rmtree(directory, ignore_errors=True)
+            _remove(directory)
+
+
+def _remove(directory: Path) -> None:
+    """Remove a tree in which the worker of a killed trainer may be tidying up still."""
+    deadline = time.monotonic() + _TIDY_SECONDS
+    while directory.exists() and time.monotonic() < deadline:
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.02)
 
 
 def _train_uninterrupted(directory: Path, options: dict[str, Any], story: Story, screen: Screen) -> None:
@@ -134,11 +146,12 @@ def _train_and_kill(run: Path, options: dict[str, Any], story: Story, screen: Sc
             story.saving.hear(event)
             screen.hear(event)
             if event["event"] == "saving" and 2 * (event["step"] + 1) >= options["steps"]:
-                if not trainer.kill_while_saving(run, event["step"]):
+                last = event["step"] + story.every >= options["steps"]
+                if not trainer.kill_while_saving(run, event["step"], after=0.0 if last else story.saving.half_a_save()):
                     continue
                 story.killed_saving = event["step"]
-                for last in trainer.last_events():
-                    story.saving.hear(last)
+                for unheard in trainer.last_events():
+                    story.saving.hear(unheard)
                 break
         story.last_step_before = max(story.saving.losses, default=-1)
     if story.killed_saving is None:

@@ -95,10 +95,10 @@ async def _train_with_checkpoints(args: argparse.Namespace, training: Training, 
         for step in range(resumed.step + 1 if resumed else 0, args.steps):
             loss = training.step()
             emit("step", step=step, loss=loss.hex())
+            pending = [save for save in pending if not await _reported(save, emit)]
             if (step + 1) % args.every == 0 or step + 1 == args.steps:
                 emit("saving", step=step)
                 pending.append(checkpointer.save(step, training.state))
-            pending = [save for save in pending if not await _reported(save, emit)]
         await checkpointer.wait_idle()
         for save in pending:
             await _reported(save, emit)

@@ -100,23 +100,26 @@ class Trainer:
                 return
             yield event
 
-    def kill_while_saving(self, run: Path, step: int) -> bool:
-        """Wait until the worker has an attempt of this step open, then kill the trainer.
+    def kill_while_saving(self, run: Path, step: int, *, after: float) -> bool:
+        """Wait until the worker has had an attempt of this step open for ``after`` seconds, then kill the trainer.
 
         Returns:
-            False where the save was over before it was seen; the trainer lives.
+            False where the save was over by then; the trainer lives.
         """
         deadline = time.monotonic() + _SILENCE_SECONDS
-        while self.process.poll() is None:
-            if attempt_of(run, step) is not None:
-                self.kill()
-                return True
+        while attempt_of(run, step) is None:
             if (run / f"step-{step}").exists():
                 return False
+            if self.process.poll() is not None:
+                raise self._lost("it ended")
             if time.monotonic() > deadline:
                 raise self._lost(f"it did not save for {_SILENCE_SECONDS:.0f} s")
             select.select([], [], [], _POLL_SECONDS)
-        raise self._lost("it ended")
+        select.select([], [], [], after)
+        if attempt_of(run, step) is None:
+            return False
+        self.kill()
+        return True
 
     def _next(self, seconds: float) -> dict[str, Any] | None:
         deadline = time.monotonic() + seconds

@@ -13,25 +13,12 @@ from bench.results import Floors, Measured, Report, spread
 from bench.sizes import seconds_text, size_argument, size_text
 from bench.table import render
 
-FLOORS = Floors(
-    [
-        {
-            "memcpy_gbps": {"1": 8.0, "2": 10.0},
-            "write_gbps": {"1": 2.0, "4": 1.0},
-            "read_gbps": {"1": 1.0, "8": 4.0},
-        },
-        {
-            "memcpy_gbps": {"1": 8.0, "2": 12.0},
-            "write_gbps": {"1": 2.0, "4": 2.5},
-            "read_gbps": {"1": 1.0, "8": 4.0},
-        },
-    ]
-)
+FLOORS = Floors({"memcpy": 2, "write": 1, "read": 8}, {"memcpy": [10.0, 12.0], "write": [2.0, 2.0], "read": [4.0]})
 
 
 def measured() -> Measured:
     times = [{"blocked_s": b, "staged_s": b + 0.1, "durable_s": 1.0} for b in (0.3, 0.1, 0.2)]
-    return Measured(Key("x", "y"), 10**9, 7, {"start_s": 0.25}, times, 5 * 2**30, 20, 30 * 2**20)
+    return Measured(Key("x", "y"), 10**9, 7, {"start_s": 0.25}, times, FLOORS, 5 * 2**30, 20, 30 * 2**20)
 
 
 @pytest.mark.parametrize(
@@ -61,24 +48,22 @@ def test_spread_is_median_and_extremes() -> None:
     assert spread("a", []) == {"a": None, "a_min": None, "a_max": None}
 
 
-def test_a_floor_is_that_of_the_best_number_of_threads() -> None:
-    """The number of threads with the best median decides, its samples are the floor's."""
-    assert FLOORS.as_json() == {
-        "memcpy_gbps": 11.0,
-        "memcpy_gbps_min": 10.0,
-        "memcpy_gbps_max": 12.0,
-        "write_gbps": 2.0,
+def test_floors_have_extremes_and_threads() -> None:
+    """As the JSON file says them."""
+    floors = Floors({"write": 4})
+    for rate in (2.0, 4.0, 3.0):
+        floors.add({"write": rate})
+    assert floors.as_json() == {
+        "write_gbps": 3.0,
         "write_gbps_min": 2.0,
-        "write_gbps_max": 2.0,
-        "read_gbps": 4.0,
-        "read_gbps_min": 4.0,
-        "read_gbps_max": 4.0,
+        "write_gbps_max": 4.0,
+        "threads": {"write": 4},
     }
 
 
 def test_the_row_of_a_save() -> None:
     """Rates and ratios go by the median; descriptors count from before the system was opened."""
-    row = measured().row("save", FLOORS)
+    row = measured().row("save")
     assert row["blocked_s"] == 0.2
     assert row["blocked_s_min"] == 0.1
     assert row["durable_s"] == 1.0
@@ -90,7 +75,7 @@ def test_the_row_of_a_save() -> None:
 
 def test_the_row_of_a_restore() -> None:
     """The call's time against the read floor."""
-    row = measured().row("restore", FLOORS)
+    row = measured().row("restore")
     assert row["ratio_to_floor"] == pytest.approx(0.8)
 
 
@@ -106,7 +91,7 @@ def test_json_and_table_have_the_same_rows(tmp_path: Path) -> None:
         "packages": {"torch": "2"},
     }
     skipped = [{"system": "s", "case": "c", "why": "it is not there"}]
-    rows = [measured().row("save", FLOORS)]
+    rows = [measured().row("save")]
     report = Report("save", machine, {"size": 1}, FLOORS, rows, skipped, ["a note"])
     report.write(tmp_path / "x.json")
     content = json.loads((tmp_path / "x.json").read_text())

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import floors, runner
+from bench import runner
 from bench.entrant import OURS, SAVES, Key
+from bench.floor_process import FloorProcess
+from bench.floors import THREADS
 from bench.memory import PeakSampler, tree_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -88,15 +90,14 @@ def test_bad_arguments_exit_with_2(arguments: tuple[str, ...]) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_floor_has_a_rate_for_each_number_of_threads(tmp_path: Path) -> None:
-    """And leaves no file."""
-    sample = floors.sample(1 << 20, tmp_path)
-    assert {name: list(rates) for name, rates in sample.items()} == {
-        "memcpy_gbps": ["1", "2"],
-        "write_gbps": ["1", "2", "4", "8"],
-        "read_gbps": ["1", "2", "4", "8"],
-    }
-    assert all(rate > 0 for rates in sample.values() for rate in rates.values())
+def test_floors_are_measured_with_the_best_number_of_threads(tmp_path: Path) -> None:
+    """Chosen once, then sampled on demand; the process leaves no file."""
+    with FloorProcess(1 << 20, tmp_path) as process:
+        assert {floor: len(rates) for floor, rates in process.choose(2).items()} == {"memcpy": 2, "write": 2, "read": 2}
+        assert all(process.threads[floor] in counts for floor, counts in THREADS.items())
+        sample = process.sample(("write", "read"))
+    assert list(sample) == ["write", "read"]
+    assert all(rate > 0 for rate in sample.values())
     assert list(tmp_path.iterdir()) == []
 
 
