@@ -11,6 +11,7 @@ import socket
 import subprocess
 import threading
 from collections import deque
+from collections.abc import Iterator
 
 import anyio
 
@@ -58,15 +59,16 @@ class WorkerProcess:
                 try:
                     us = os.pidfd_open(os.getpid())
                     childs.callback(os.close, us)
-                    popen = subprocess.Popen(
-                        command(theirs.fileno(), us, faults=faults),
-                        stdin=subprocess.DEVNULL,
-                        stdout=subprocess.DEVNULL,
-                        stderr=write,
-                        pass_fds=(theirs.fileno(), us),
-                        start_new_session=True,
-                        cwd="/",
-                    )
+                    with _signals_blocked():
+                        popen = subprocess.Popen(
+                            command(theirs.fileno(), us, faults=faults),
+                            stdin=subprocess.DEVNULL,
+                            stdout=subprocess.DEVNULL,
+                            stderr=write,
+                            pass_fds=(theirs.fileno(), us),
+                            start_new_session=True,
+                            cwd="/",
+                        )
                     pidfd = os.pidfd_open(popen.pid)
                 except OSError as exc:
                     raise WorkerStartError(
@@ -171,6 +173,16 @@ def describe_exit(status: int | None) -> str:
         hint = ", as the kernel does when memory runs out" if status == -signal.SIGKILL else ""
         return f"it was ended by {name}{hint}"
     return f"it exited with status {status}"
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Let a child start with the signals blocked that it will ignore; it clears the mask itself once it does."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait_channel(pid: int) -> str:

@@ -105,9 +105,8 @@ class Saves:
         if save.staging is not None:
             save.staging.cancel()
         if save.state is SaveState.PLANNED:  # the worker has not heard of it
-            self._finish(save, error)
             save.with_worker = False
-            self._maybe_free(save)
+            self._finish(save, error)
         elif self._link is not None:
             self._send(Cancel(save_id=save.save_id))
         # else: worker_down settles it
@@ -166,9 +165,8 @@ class Saves:
         for save in self._desk.in_flight():
             if save.staging is not None:
                 save.staging.cancel()
-            self._finish(save, error(save))
             save.with_worker = False
-            self._maybe_free(save)
+            self._finish(save, error(save))
 
     # ---- inside
 
@@ -292,6 +290,7 @@ class Saves:
         save.outcome.set_exception(error)
         save.handed_over()
         self._desk.remove(save)
+        self._maybe_free(save)
 
     def _maybe_free(self, save: SaveRecord) -> None:
         if not save.with_worker and not save.copying:

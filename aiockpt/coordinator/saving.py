@@ -157,10 +157,10 @@ class Saving:
     def _stage(self, record: SaveRecord, plan: LocalPlan, collected: Collected) -> None:
         try:
             arena = self._arena_for(plan)
+            record.copying = True  # before the worker hears of it: it may fail at once, and the slot is not free then
             self._begin(record, plan)
             fresh = self._texts_in != (plan, arena)
             self._texts_in = None
-            record.copying = True
             record.staging = self._stager.stage(
                 plan,
                 collected,

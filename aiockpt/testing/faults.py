@@ -98,7 +98,9 @@ class ArmedFaults(Faults):
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "stall":
-                os.kill(os.getpid(), signal.SIGSTOP)
+                signal.pthread_kill(
+                    threading.get_ident(), signal.SIGSTOP
+                )  # this thread first: another may be picked else
             case "delay":
                 threading.Event().wait(rule.seconds)
             case _:
