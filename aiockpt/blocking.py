@@ -47,8 +47,9 @@ class Checkpointer(Face):
 
     def open(self) -> None:
         """Take the run and start the worker; see ``aiockpt.Checkpointer.open``."""
+        opening = self._coordinator.open()
         try:
-            self._coordinator.open().result()
+            opening.result()
         except BaseException:
             self._coordinator.close(drain=False).result()
             raise

@@ -109,8 +109,9 @@ class Checkpointer(Face):
 
         Cancellation: everything that was opened is closed again.
         """
+        opening = self._coordinator.open()
         try:
-            await _wait(self._coordinator.open())
+            await _wait(opening)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await _wait(self._coordinator.close(drain=False))

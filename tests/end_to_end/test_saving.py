@@ -157,6 +157,7 @@ def test_usage_before_open_and_after_close(tmp_path: Path) -> None:
     ckpt.open()
     with pytest.raises(aiockpt.UsageError, match="opened twice"):
         ckpt.open()
+    ckpt.save(0, STATE).result(60)  # the refused call has not closed what is open
     ckpt.close()
     ckpt.close()
     for call in (lambda: ckpt.save(0, STATE), ckpt.steps, ckpt.wait_ready, ckpt.statistics, lambda: ckpt.restore({})):
