@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterable, Mapping
+from concurrent import futures
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar, cast, overload
 
@@ -61,7 +62,7 @@ class Checkpointer(Face):
             ended.result()
         except KeyboardInterrupt:
             self._coordinator.leave()
-            ended.result(5)
+            futures.wait([ended], 5)
             raise
         raise_failures(self._coordinator.unheard())
 
@@ -77,7 +78,7 @@ class Checkpointer(Face):
             return
         try:
             self._coordinator.close(drain=True).result()
-        except KeyboardInterrupt:  # the second one ends the wait
+        except BaseException:  # noqa: BLE001  # a second Ctrl-C ends the wait; ``error`` goes on
             self._coordinator.leave()
             _log.warning("closing was interrupted; what is staged is left to the worker")
         failures = self._coordinator.unheard()

@@ -118,6 +118,8 @@ class Supervisor:
                     return
                 _log.warning("the checkpoint worker is started again in %.1f s\nwhy: %s", delay, error)
                 await anyio.sleep(delay)
+                if self._closing:
+                    return
         finally:
             self._ended.set()
 
