@@ -54,7 +54,10 @@ class Saves:
 
     def begin(self, save: SaveRecord) -> None:
         """The slot is the save's and its plan is made: tell the worker."""
-        if save.is_final or save.begin is None:
+        assert save.begin is not None
+        if save.is_final:
+            save.with_worker = False
+            self._maybe_free(save)
             return
         save.move(SaveEvent.BEGIN)
         self._send(save.begin)

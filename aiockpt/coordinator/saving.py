@@ -155,9 +155,12 @@ class Saving:
         return record
 
     def _stage(self, record: SaveRecord, plan: LocalPlan, collected: Collected) -> None:
+        record.copying = True  # whatever ends the save meanwhile: the slot is not free before this thread is through
         try:
             arena = self._arena_for(plan)
-            record.copying = True  # before the worker hears of it: it may fail at once, and the slot is not free then
+            if record.outcome.done():  # its time was up
+                self._loop.post(self._saves.staging_done, record, None)
+                return
             self._begin(record, plan)
             fresh = self._texts_in != (plan, arena)
             self._texts_in = None

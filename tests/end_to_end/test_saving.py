@@ -128,6 +128,21 @@ def test_timeout_of_a_save(tmp_path: Path) -> None:
         assert ckpt.steps() == [1]
 
 
+def test_timeout_while_the_arena_is_made(tmp_path: Path) -> None:
+    """The save is given up though its thread still waits for shared memory; the slot comes back."""
+    with blocking.Checkpointer(tmp_path) as ckpt:
+        saves: list[Any] = []
+        with hold(ckpt):
+            thread = threading.Thread(target=lambda: saves.append(ckpt.save(0, STATE, timeout=0.1)))
+            thread.start()
+            wait_until(lambda: ckpt.statistics().failed, "the time-out")
+        thread.join(60)
+        with pytest.raises(aiockpt.SaveTimeoutError):
+            saves[0].result(60)
+        ckpt.save(1, STATE, timeout=30).result(60)
+        assert ckpt.steps() == [1]
+
+
 def test_a_failure_that_was_awaited_is_not_told_again(tmp_path: Path) -> None:
     """Who awaited it knows; neither the next save nor close raises it."""
     with blocking.Checkpointer(tmp_path) as ckpt:
