@@ -7,6 +7,7 @@ same steps without being interrupted, with ``torch.save`` where the other run sa
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import os
@@ -74,7 +75,8 @@ class Training:
 
 def _update(digest: Any, value: Any) -> None:
     if isinstance(value, torch.Tensor):
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        whole = value.detach().cpu().contiguous()
+        digest.update(ctypes.string_at(whole.data_ptr(), whole.nbytes))  # .numpy() needs numpy, which may be missing
     elif isinstance(value, dict):
         for key, item in value.items():
             digest.update(repr(key).encode())

@@ -13,11 +13,18 @@ from pathlib import Path
 SECONDS = 60.0
 
 
-def command(*arguments: str | Path, code: str = "", seconds: float = SECONDS) -> subprocess.CompletedProcess[str]:
-    """Run ``aiockpt`` with these arguments, after ``code``."""
+def command(
+    *arguments: str | Path, code: str = "", seconds: float = SECONDS, path: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run ``aiockpt`` with these arguments, after ``code``, with ``path`` in front of what can be imported."""
+    environment = os.environ if path is None else {**os.environ, "PYTHONPATH": f"{path}:{os.getcwd()}"}
     program = f"import sys\n{code}\nfrom aiockpt.cli.main import main\nsys.exit(main(sys.argv[1:]))"
     return subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, timeout=seconds
+        [sys.executable, "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env=environment,
     )
 
 
