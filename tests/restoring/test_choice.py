@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from aiockpt.restoring import run as run_module
 
 from aiockpt.errors import ConfigError, RestoreError, StepNotFoundError
+from aiockpt.restoring import run as run_module
 from aiockpt.restoring.apply import MIXED
 from aiockpt.restoring.load import load_checkpoint
 from aiockpt.storage.commit import remove_tree, retire
