@@ -305,7 +305,7 @@ class Coordinator:
                 saves.give_up(save, failures.abandoned(save, why))
             with anyio.move_on_after(ABANDON_SECONDS):
                 await wait_for(self._desk.when_idle())
-        saves.fail_all(failures.left if self._left.is_set() else lambda _: failures.closed())
+        saves.fail_all(failures.left if self._left.is_set() else lambda save: failures.unknown(save, why))
 
     def _release(self) -> None:
         self._stager.close()

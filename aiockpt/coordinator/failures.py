@@ -18,7 +18,7 @@ from aiockpt.errors import (
 )
 from aiockpt.protocol.messages import WireError
 
-__all__ = ["abandoned", "arena_too_large", "as_exception", "cancelled", "closed", "left", "timed_out"]
+__all__ = ["abandoned", "arena_too_large", "as_exception", "cancelled", "closed", "left", "timed_out", "unknown"]
 
 _log = logging.getLogger("aiockpt.save")
 
@@ -67,6 +67,16 @@ def left(save: SaveRecord) -> CommitUnknownError:
         f"the save of step {save.step} was left to the worker",
         why="close() was interrupted",
         next="what was staged is being finished; look with steps() after a while",
+        step=save.step,
+    )
+
+
+def unknown(save: SaveRecord, why: str) -> CommitUnknownError:
+    """The outcome of a save of which nobody can say whether it was published."""
+    return CommitUnknownError(
+        f"nobody can say whether step {save.step} was saved",
+        why=why,
+        next="look with steps() once the run directory answers again",
         step=save.step,
     )
 

@@ -169,7 +169,7 @@ class Saves:
             if save.staging is not None:
                 save.staging.cancel()
             save.with_worker = False
-            self._finish(save, error(save))
+            self._finish(save, save.cancelling or error(save))
 
     # ---- inside
 
@@ -201,7 +201,7 @@ class Saves:
             with anyio.move_on_after(self._options.io_timeout):
                 await returned.wait()
             if not returned.is_set():
-                self._finish(save, self._unknown(save, "the run directory did not answer within io_timeout"))
+                self._finish(save, failures.unknown(save, "the run directory did not answer within io_timeout"))
             # The task group waits here: no worker starts before the rename has returned.
         self._settled(save, error, found)
 
@@ -209,7 +209,7 @@ class Saves:
         if save.is_final:
             return
         if found.exception() is not None:
-            self._finish(save, self._unknown(save, str(found.exception())))
+            self._finish(save, failures.unknown(save, str(found.exception())))
             return
         known = found.result()
         if known is not None:
@@ -232,15 +232,6 @@ class Saves:
             assert save.begin is not None
             save.begin = msgspec.structs.replace(save.begin, attempt=save.begin.attempt + 1)
             save.move(SaveEvent.WORKER_DIED)
-
-    def _unknown(self, save: SaveRecord, why: str) -> CommitUnknownError:
-        return CommitUnknownError(
-            f"nobody can say whether step {save.step} was saved",
-            why=why,
-            next="look with steps() once the run directory answers again",
-            step=save.step,
-            path=self._options.run,
-        )
 
     def _committed(
         self, save: SaveRecord, path: str, nbytes: int, timings: dict[str, float], pruned: list[str]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import threading
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
@@ -69,6 +72,51 @@ def _add_failure(ckpt: blocking.Checkpointer, step: int) -> None:
     record.move(SaveEvent.FAIL)
     record.outcome.set_exception(aiockpt.SaveTimeoutError("late", step=step))
     ckpt._coordinator._desk.remove(record)
+
+
+def test_close_timeout_bounds_the_drain(tmp_path: Path) -> None:
+    """A worker that does not answer is killed at the deadline; what was abandoned is told, and nothing is left."""
+    ckpt = blocking.Checkpointer(tmp_path, close_timeout=1)
+    ckpt.open()
+    ckpt.prepare(STATE)
+    pid = ckpt.statistics().worker_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    ckpt.save(0, STATE)
+    began = time.monotonic()
+    with pytest.raises(aiockpt.SaveCancelledError, match="abandoned") as caught:
+        ckpt.close()
+    assert time.monotonic() - began < 30
+    assert "close_timeout" in str(caught.value)
+    assert not is_alive(pid)
+    assert blocking.steps(tmp_path) == []
+
+
+def test_close_without_drain(tmp_path: Path) -> None:
+    """``close(drain=False)`` cancels what is not committed, and says so."""
+    ckpt = blocking.Checkpointer(tmp_path)
+    ckpt.open()
+    ckpt.save(0, STATE).result(60)
+    pid = ckpt.statistics().worker_pid
+    assert pid is not None
+    with stopped(pid):
+        save = ckpt.save(1, STATE)
+        closing = threading.Thread(target=lambda: outcome.append(_raised(lambda: ckpt.close(drain=False))))
+        outcome: list[BaseException | None] = []
+        closing.start()
+        wait_until(lambda: save._record.cancelling, "the cancellation")
+    closing.join(60)
+    assert isinstance(outcome[0], aiockpt.SaveCancelledError)
+    assert blocking.steps(tmp_path) == [0]
+    assert attempts(tmp_path) == []
+
+
+def _raised(call: Callable[[], object]) -> BaseException | None:
+    try:
+        call()
+    except aiockpt.CheckpointError as exc:
+        return exc
+    return None
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])

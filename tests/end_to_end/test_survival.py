@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -234,11 +235,20 @@ def test_forked_loader_children_do_not_hide_the_trainers_death(tmp_path: Path) -
     assert blocking.steps(tmp_path) == [0]
 
 
+def resident_nbytes() -> int:
+    gc.collect()
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def test_twenty_in_turn_and_four_at_once_leave_nothing(tmp_path: Path) -> None:
-    """Descriptors, threads and children are flat; see the leak check around this test."""
+    """Memory is flat; so are descriptors, threads and children, see the leak check around this test."""
+    resident = []
     for turn in range(20):
         with blocking.Checkpointer(tmp_path / "turn") as ckpt:
             ckpt.save(turn, STATE)
+        resident.append(resident_nbytes())
+    assert resident[-1] - resident[4] < 8 << 20, resident
     assert blocking.steps(tmp_path / "turn") == list(range(20))
     many = [blocking.Checkpointer(tmp_path / f"run{i}") for i in range(4)]
     for ckpt in many:
