@@ -10,6 +10,8 @@ from aiockpt.format.names import Segments, dotted
 
 __all__ = ["PLAIN_TYPES", "is_plain", "refuse_tensor", "resolve"]
 
+_is_transformed = torch._C._functorch.is_functorch_wrapped_tensor  # looked up once: this is asked of every tensor
+
 PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter, nn.Buffer})
 
 
@@ -23,7 +25,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
         and not tensor.is_conj()
         and not tensor.is_neg()
         and not tensor._is_zerotensor()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not _is_transformed(tensor)
     )
 
 
@@ -62,7 +64,7 @@ def _why_not(tensor: torch.Tensor) -> str:
         return "it is a nested tensor"
     if type(tensor) not in PLAIN_TYPES:
         return f"it is an unknown tensor subclass, {type(tensor).__qualname__}: what its memory means is not known"
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if _is_transformed(tensor):
         return "it lives inside a torch.func transform"
     if tensor.is_meta:
         return "it is a meta tensor, which has no data"
