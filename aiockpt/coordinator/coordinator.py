@@ -286,7 +286,7 @@ class Coordinator:
             if self._run is not None:
                 await self._end_saves(self._run.saves, drain, deadline)
             if self._left.is_set():
-                self._supervisor.leave()
+                await self._supervisor.leave()
             else:
                 await self._supervisor.close(max(1.0, deadline - anyio.current_time()))
         finally:

@@ -45,7 +45,7 @@ class SaveRecord:
         self.cancelling: BaseException | None = None
         """What the outcome becomes when the worker confirms the cancellation."""
         self._upto: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # callbacks of a future run inside, and may come back
         self._handed_over = threading.Event()
         self.listeners = 0
         """Threads and tasks that wait for the outcome now."""
@@ -73,6 +73,16 @@ class SaveRecord:
     def stamp(self, name: str) -> None:
         """Note that a phase ended now."""
         self.timings[name] = self.elapsed()
+
+    def settle_staged(self, error: BaseException | None) -> None:
+        """Tell who waits for staging how it ended; the first word counts. From any thread."""
+        with self._lock:
+            if self.staged.done():
+                return
+            if error is None:
+                self.staged.set_result(None)
+            else:
+                self.staged.set_exception(error)
 
     def wait_handed_over(self, timeout: float) -> bool:
         """Hold the thread until the worker has all that it needs, or the outcome is known."""

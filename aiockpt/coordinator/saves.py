@@ -260,8 +260,7 @@ class Saves:
             "step %d saved: %.1f MB, blocked %.0f ms, durable after %.2f s, %s",
             *(save.step, nbytes / 1e6, save.timings.get("blocked", 0.0) * 1e3, save.timings["durable"], path),
         )
-        if not save.staged.done():
-            save.staged.set_result(None)
+        save.settle_staged(None)
         save.outcome.set_result(result)
         save.handed_over()
         self._desk.remove(save)
@@ -279,8 +278,7 @@ class Saves:
         self.counts["cancelled" if is_cancel else "failed"] += 1
         if save.staging is not None:
             save.staging.cancel()
-        if not save.staged.done():
-            save.staged.set_exception(error)
+        save.settle_staged(error)
         save.outcome.set_exception(error)
         save.handed_over()
         self._desk.remove(save)

@@ -214,9 +214,10 @@ class Saving:
         self._faults.at(FaultPoint.TRAINER_COPIED)
         if error is None:
             record.stamp("staged")
-            if not record.staged.done():
-                record.staged.set_result(None)
+        # Told to the loop first: whoever sees it staged, and closes at once, comes behind the end of staging there.
         self._loop.post(self._saves.staging_done, record, error)
+        if error is None:
+            record.settle_staged(None)
 
     # ---- before the snapshot
 

@@ -44,6 +44,8 @@ _log = logging.getLogger("aiockpt.supervisor")
 DRAIN_SECONDS = 2.0
 """For the last frames and lines of a dead worker: they lie in the kernel already, and end-of-file follows them unless a
 forked child holds the other end."""
+LEAVE_SECONDS = 2.0
+"""For the last frames to reach the kernel."""
 REAP_SECONDS = 5.0
 """For SIGKILL to work on a process that is not stuck in the kernel."""
 
@@ -141,12 +143,13 @@ class Supervisor:
         with anyio.move_on_after(2 * REAP_SECONDS, shield=True):
             await self._ended.wait()
 
-    def leave(self) -> None:
-        """Tell the worker to finish and end, and do not wait for it: the program is in a hurry."""
-        self._closing = True
+    async def leave(self) -> None:
+        """Tell the worker to finish and end, and do not wait for that: the program is in a hurry."""
+        self._closing = self._is_left = True
         if self._link is not None:
             self._link.send(Close())
-        self._is_left = True
+            with anyio.move_on_after(LEAVE_SECONDS, shield=True):
+                await self._link.wait_idle()  # the end of staging may still wait to be sent
 
     def forget_in_child(self) -> None:
         """In a forked child: close what was inherited of the worker."""

@@ -191,6 +191,7 @@ def test_a_second_ctrl_c_ends_the_wait(tmp_path: Path) -> None:
             os.kill(worker, signal.SIGSTOP)
             save = ckpt.save(0, state)
             save.wait_staged()
+            save._record.wait_handed_over(60)
             print(worker, flush=True)
             sys.stdin.read()
         """,

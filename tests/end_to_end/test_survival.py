@@ -123,6 +123,7 @@ TRAINER = """
             print("saving", step, loss, flush=True)
             if mode == "staged":
                 save.wait_staged()
+                save._record.wait_handed_over(60)
                 print("staged", step, flush=True)
                 sys.stdin.read()
 """
@@ -211,6 +212,7 @@ LOADER = """
         next(batches)
         save = ckpt.save(0, state)
         save.wait_staged()
+        save._record.wait_handed_over(60)
         children = [w.pid for w in batches._workers]
         print(ckpt.statistics().worker_pid, *children, flush=True)
         sys.stdin.read()
