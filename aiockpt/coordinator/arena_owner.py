@@ -33,6 +33,7 @@ class ArenaOwner:
         self._answered = anyio.Event()
         self._limiter = anyio.CapacityLimiter(1)
         self._stopping = False
+        self._asked = 0
         self.view: ArenaView | None = None
 
     @property
@@ -53,6 +54,7 @@ class ArenaOwner:
         link = await self._wait_link()
         self._answer = Future()
         self._answered = anyio.Event()
+        self._asked = nbytes
         link.send(Reserve(nbytes=nbytes, capacity=self._capacity))
         await self._answered.wait()
         fd = self._answer.result()
@@ -93,8 +95,9 @@ class ArenaOwner:
         if message.error is not None or not fds:
             error = message.error
             why = error.why if error else "the worker sent no descriptor"
-            refused = arena_too_large(message.nbytes, why)
-            if error is not None:
+            if error is None:
+                refused = arena_too_large(message.nbytes, why)
+            else:
                 refused = StorageError(error.what, why=why, next=error.next, errno=error.errno, path=error.path)
             self._answer.set_exception(refused)
         else:
@@ -106,7 +109,7 @@ class ArenaOwner:
         self._link = None
         if self._answer is not None and not self._answer.done():
             why = f"the worker died while it allocated: {error.why}"
-            self._answer.set_exception(arena_too_large(0, why))
+            self._answer.set_exception(arena_too_large(self._asked, why))
             self._answered.set()
 
     def over(self, error: CheckpointError) -> None:

@@ -13,7 +13,7 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 
-from aiockpt.errors import UsageError
+from aiockpt.coordinator.failures import closed
 
 __all__ = ["LoopThread", "wait_for"]
 
@@ -52,7 +52,7 @@ class LoopThread:
             self._loop = None
             pending, self._pending = self._pending, set()
         for future in pending:  # of tasks that were cancelled before they began, or were never started
-            future.set_exception(_closed())
+            future.set_exception(closed())
         self._started.set()
         if error is None:
             self.ended.set_result(None)
@@ -107,7 +107,7 @@ class LoopThread:
             self._pending.add(future)
             if not self.post(lambda: self.tasks.start_soon(run)):
                 self._pending.discard(future)
-                future.set_exception(_closed())
+                future.set_exception(closed())
         return future
 
     def stop(self) -> None:
@@ -131,7 +131,3 @@ async def wait_for(future: Future[Any], *others: anyio.Event) -> None:
 
         for event in (done, *others):
             tasks.start_soon(watch, event)
-
-
-def _closed() -> UsageError:
-    return UsageError("the checkpointer is closed", next="open a new Checkpointer for this run")
