@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -45,6 +46,12 @@ def our_threads() -> set[str]:
         for thread in threading.enumerate()
         if thread.name.startswith(("aiockpt", "AnyIO"))
     }
+
+
+def pytest_configure() -> None:
+    """Take SIGINT back: a shell's background jobs start with it ignored, and so would every trainer of the tests."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
