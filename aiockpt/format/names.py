@@ -116,38 +116,47 @@ class Attempt(NamedTuple):
     attempt: int
 
 
-_STEP = re.compile(r"step-(\d{1,19})", re.ASCII)
-_TERM = re.compile(r"\.term-(\d{1,19})", re.ASCII)
-_ATTEMPT = re.compile(r"\.step-(\d{1,19})\.([0-9a-f-]{1,64})\.(\d{1,9})", re.ASCII)
-_OLD = re.compile(r"\.old\.step-(\d{1,19})\.([0-9a-f-]{1,64})", re.ASCII)
-_BAD = re.compile(r"\.bad-step-(\d{1,19})\.([0-9a-f-]{1,64})", re.ASCII)
+# One spelling for each number, so that two names are never one step: no zeros in front.
+_NUMBER = r"(0|[1-9]\d{0,18})"
+_ID = r"([0-9a-f-]{1,64})"
+_STEP = re.compile(rf"step-{_NUMBER}", re.ASCII)
+_TERM = re.compile(rf"\.term-{_NUMBER}", re.ASCII)
+_ATTEMPT = re.compile(rf"\.step-{_NUMBER}\.{_ID}\.(0|[1-9]\d{{0,8}})", re.ASCII)
+_OLD = re.compile(rf"\.old\.step-{_NUMBER}\.{_ID}", re.ASCII)
+_BAD = re.compile(rf"\.bad-step-{_NUMBER}\.{_ID}", re.ASCII)
+
+
+def _match(pattern: re.Pattern[str], name: str) -> re.Match[str] | None:
+    """Return the match of a whole name whose number, its first group, is one that we give out."""
+    match = pattern.fullmatch(name)
+    return match if match and int(match[1]) <= MAX_STEP else None
 
 
 def parse_step(name: str) -> int | None:
-    """Return the step of a committed checkpoint's directory name (zero-padded ones too), else None."""
-    match = _STEP.fullmatch(name)
+    """Return the step of a committed checkpoint's directory name, else None."""
+    match = _match(_STEP, name)
     return int(match[1]) if match else None
 
 
 def parse_term(name: str) -> int | None:
     """Return the term that a file name claims, else None."""
-    match = _TERM.fullmatch(name)
+    match = _match(_TERM, name)
     return int(match[1]) if match else None
 
 
 def parse_attempt(name: str) -> Attempt | None:
     """Return the parts of an attempt's directory name, else None."""
-    match = _ATTEMPT.fullmatch(name)
+    match = _match(_ATTEMPT, name)
     return Attempt(int(match[1]), match[2], int(match[3])) if match else None
 
 
 def parse_old(name: str) -> Attempt | None:
     """Return step and id of a replaced checkpoint's directory name, else None."""
-    match = _OLD.fullmatch(name)
+    match = _match(_OLD, name)
     return Attempt(int(match[1]), match[2], 0) if match else None
 
 
 def parse_bad(name: str) -> Attempt | None:
     """Return step and id of a bad checkpoint's directory name, else None."""
-    match = _BAD.fullmatch(name)
+    match = _match(_BAD, name)
     return Attempt(int(match[1]), match[2], 0) if match else None

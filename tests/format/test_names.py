@@ -191,9 +191,15 @@ def test_foreign_names(name: str) -> None:
         assert parse(name) is None
 
 
-def test_steps_with_zeros_in_front() -> None:
-    """A directory that someone renamed for sorting is still found."""
-    assert parse_step("step-000012") == 12
+@pytest.mark.parametrize("digits", ["012", "00", "0000000000000000012", str(MAX_STEP + 1), "9" * 19], ids=str)
+def test_a_number_has_one_spelling(digits: str) -> None:
+    """Two directories are never one step: zeros in front, and numbers that no step has, make a foreign name."""
+    assert parse_step(f"step-{digits}") is None
+    assert parse_term(f".term-{digits}") is None
+    assert parse_attempt(f".step-{digits}.ab.0") is None
+    assert parse_attempt(f".step-1.ab.{digits}") is None
+    assert parse_old(f".old.step-{digits}.ab") is None
+    assert parse_bad(f".bad-step-{digits}.ab") is None
 
 
 def test_shard_names() -> None:

@@ -21,13 +21,25 @@ def test_newest_first(tmp_path: Path) -> None:
     write_head(tmp_path, 300, term=1, ordinal=3)
     write_head(tmp_path, 100, term=2, ordinal=4)
     write_head(tmp_path, 200, term=1, ordinal=9)
-    write_head(tmp_path, 50, term=2, ordinal=5, name="step-00050", number=7)
+    write_head(tmp_path, 50, term=2, ordinal=5, number=7)
     for name in (".step-400.ab.0", ".old.step-1.ab", ".bad-step-2.ab", ".trash.x", "step-x", "notes"):
         (tmp_path / name).mkdir()
     found = scan(str(tmp_path))
     assert [known.step for known in found.checkpoints] == [50, 100, 200, 300]
     assert found.unreadable == []
-    assert found.checkpoints[0] == Committed(50, 2, 5, save_id(7), 1 << 30, str(tmp_path / "step-00050"))
+    assert found.checkpoints[0] == Committed(50, 2, 5, save_id(7), 1 << 30, str(tmp_path / "step-50"))
+
+
+def test_a_step_has_one_directory(tmp_path: Path) -> None:
+    """A copy under another spelling of the number is passed by, whole or damaged: no step is listed twice."""
+    write_head(tmp_path, 12, ordinal=1)
+    write_head(tmp_path, 12, ordinal=9, name="step-012", number=2)
+    (tmp_path / "step-0000000013").mkdir()
+    found = scan(str(tmp_path))
+    assert [(known.step, known.ordinal, known.path) for known in found.checkpoints] == [
+        (12, 1, str(tmp_path / "step-12"))
+    ]
+    assert found.unreadable == []
 
 
 def test_damaged_heads_are_told_apart(tmp_path: Path) -> None:
