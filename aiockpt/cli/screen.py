@@ -10,7 +10,7 @@ import msgspec
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["MissingExtraError", "console", "print_json", "size_text"]
+__all__ = ["MissingExtraError", "console", "print_json", "printable", "size_text"]
 
 
 class MissingExtraError(Exception):
@@ -45,3 +45,10 @@ def size_text(nbytes: float) -> str:
         if value < 1000 or unit == "TiB":
             break
     return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
+
+
+def printable(text: str) -> str:
+    """Return text without what a terminal would act on: a checkpoint's names and values are not ours."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,127 @@
+"""What can be typed: the commands, their options, and what their help says."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from aiockpt._version import __version__
+from aiockpt.cli import completion
+from aiockpt.format.names import MAX_STEP
+
+__all__ = ["TROUBLE", "make_parser"]
+
+TROUBLE = 2
+"""Exit status where a command could not do its work."""
+
+_EXIT_STATUS = "exit status: 0 done; 1 a finding (a bad checkpoint); 2 the command could not do its work; 130 Ctrl-C"
+
+
+class _Help(argparse.HelpFormatter):
+    """Leaves out the line above the list of commands that has nothing but their metavar."""
+
+    def _format_action(self, action: argparse.Action) -> str:
+        text = super()._format_action(action)
+        return text.partition("\n")[2] if isinstance(action, argparse._SubParsersAction) else text
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and exit."""
+        self.exit(TROUBLE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+Commands = argparse._SubParsersAction  # argparse has no public name for what add_subparsers returns
+
+
+def make_parser() -> Parser:
+    """Return the parser of the whole command line."""
+    parser = Parser(
+        prog="aiockpt",
+        description="Look at, compare, check and remove checkpoints.",
+        epilog=_EXIT_STATUS,
+        formatter_class=_Help,
+    )
+    parser.add_argument("--version", action="version", version=f"aiockpt {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    _add_ls(commands)
+    _add_verify(commands)
+    _add_rm(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _add_ls(commands: Commands[Parser]) -> None:
+    ls = commands.add_parser(
+        "ls", help="list the checkpoints of a run", description="List a run's checkpoints, newest first."
+    )
+    _add_run(ls)
+
+
+def _add_verify(commands: Commands[Parser]) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="read checkpoints and compare all checksums",
+        description="Read a checkpoint whole, the newest unless told otherwise, and compare every checksum. "
+        "Exit status 1 says that one is bad.",
+    )
+    _add_run(verify)
+    which = verify.add_mutually_exclusive_group()
+    _add_step(which)
+    which.add_argument("--all", action="store_true", help="every step")
+
+
+def _add_rm(commands: Commands[Parser]) -> None:
+    rm = commands.add_parser(
+        "rm",
+        help="remove one checkpoint",
+        description="Remove one checkpoint, at once out of sight, then from the disk. A job that saves into the run is "
+        "not disturbed; a checkpoint that somebody reads is left, with exit status 2.",
+    )
+    _add_run(rm)
+    completion.attach(rm.add_argument("step", type=_step, metavar="STEP", help="training step"), completion.steps)
+    rm.add_argument("--bad", action="store_true", help="remove what a restore found bad of this step, and only that")
+
+
+def _add_demo(commands: Commands[Parser]) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="train, be killed in the middle of a save, resume bit for bit",
+        description="Train a small GPT on the source text of Python's standard library, saving every few steps; kill "
+        "the trainer in the middle of a save, start it again, and compare every later loss with that of a run that "
+        "nobody killed. Exit status 1 says that they differ.",
+    )
+    demo.add_argument("--steps", type=_count, default=24, help="training steps (default %(default)s)")
+    demo.add_argument(
+        "--size", choices=("tiny", "small", "medium"), default="small", help="of the model: 1, 10 or 50 M parameters"
+    )
+    kept = demo.add_argument(
+        "--dir", metavar="DIR", help="keep the run's directories here (default: a temporary directory)"
+    )
+    completion.attach(kept, completion.directories)
+    demo.add_argument("--seed", type=_step, default=0, help="of model, data and dropout (default %(default)s)")
+    demo.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+
+
+def _add_run(parser: argparse.ArgumentParser, or_step: str = "run directory, as given to Checkpointer") -> None:
+    completion.attach(parser.add_argument("run", metavar="RUN", help=or_step), completion.directories)
+    parser.add_argument("--json", action="store_true", help="print JSON; needs no extra")
+
+
+def _add_step(parser: argparse._ActionsContainer) -> None:
+    step = parser.add_argument("--step", type=_step, metavar="N", help="this step instead of the newest")
+    completion.attach(step, completion.steps)
+
+
+def _step(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= MAX_STEP):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if _step(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
