@@ -28,8 +28,9 @@ _log = logging.getLogger("aiockpt.staging")
 
 _NAMED_KEYS = 5
 """Keys that a message lists; ``keys`` has all."""
-_POLL_SECONDS = 0.0005
-"""Between two looks at the progress words; nothing else can tell without a CUDA call."""
+_POLL_SECONDS = 0.001
+"""Between two looks at the progress words; nothing else can tell without a CUDA call. A word comes every 1.2 ms or so,
+and each look takes the interpreter's lock from training."""
 
 
 def _no_progress(file: int, upto: int) -> None:
@@ -58,11 +59,14 @@ class Staging:
         piece_nbytes: int,
         on_progress: Callable[[int, int], None],
         on_done: Callable[[BaseException | None], None],
+        on_guard_wait: Callable[[float], None],
         wake: Callable[[Callable[[], None]], None],
     ) -> None:
         self.step = step
         self.inline_nbytes = 0
         """Bytes copied before ``stage`` returned."""
+        self.much_at_once = False
+        """Whether copying them takes long enough that the copy thread is to help, and to report, meanwhile."""
         self.lazy_nbytes = 0
         """Bytes copied behind the caller's back; on CUDA also those that the caller's stream waits for."""
         self.inline_s = 0.0
@@ -71,7 +75,9 @@ class Staging:
         """Seconds from the call to the end of the last copy."""
         self.error: BaseException | None = None
         """Why nothing was staged; set before ``done``."""
-        self.pending = PendingCopies(owners, stall_timeout=stall_timeout, on_failure=self._on_failure)
+        self.pending = PendingCopies(
+            owners, stall_timeout=stall_timeout, on_failure=self._on_failure, on_wait=on_guard_wait
+        )
         self.devices: list[DeviceCopies] = []
         self.canaries: list[tuple[Canaries, Sequence[Lazy]]] = []
         self._layout = layout
@@ -134,11 +140,15 @@ class Staging:
         )
 
     def report(self, file: int, upto: int) -> None:
-        """Take a progress from the one thread that makes it just now; the owner gets it on the copy thread."""
+        """Take a progress from the one thread that makes it just now; the owner gets it on the copy thread.
+
+        During ``stage`` the copy thread is woken for it only where there is ``much_at_once`` to copy: else ``run`` comes
+        sooner than that pays, and two threads that wake each other hand the interpreter's lock to and fro.
+        """
         self._reports.append((file, upto))
         if self._running:
             self.deliver()
-        else:
+        elif self.much_at_once:
             self._wake(self.deliver)
 
     # ---- on the copy thread
@@ -157,6 +167,7 @@ class Staging:
     def run(self, progress: Progress) -> None:
         """Make the late copies, check them, end; on the copy thread, once."""
         self._running = True
+        self.deliver()
         try:
             pending = self.pending
             on_host = [lazy for lazy in pending.lazies if lazy.on_host]
@@ -247,6 +258,22 @@ class Staging:
         self.pending.release()
         self.canaries.clear()
         if all(copies.complete for copies in self.devices):
-            self.devices.clear()
-            self._arena.release()
-        # Else a device may still write: the arena stays mapped, and the tensors alive, for good.
+            self._let_arena_go()
+        # Else a device may still write: the arena stays mapped, and the tensors alive, until it has answered.
+
+    def _let_arena_go(self) -> None:
+        self.devices.clear()
+        self._arena.release()
+
+    def let_devices_go(self) -> bool:
+        """Look whether devices that had not answered at the end have done so since; once it is ``done``.
+
+        Returns:
+            Whether none is left that may write into the arena.
+        """
+        if self.devices:
+            for copies in self.devices:
+                copies.arrived()
+            if all(copies.complete for copies in self.devices):
+                self._let_arena_go()
+        return not self.devices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from aiockpt.config import Snapshot
-from aiockpt.errors import ConfigError, UsageError
+from aiockpt.errors import StorageError, UsageError
 from aiockpt.format.image import BLOCK_NBYTES
 from aiockpt.format.names import Segments
 from aiockpt.planning.local import LocalPlan
@@ -26,7 +27,7 @@ from aiockpt.staging.copy_shared import SharedCopy
 from aiockpt.staging.copy_thread import CopyThread
 from aiockpt.staging.layout import Layout, plain
 from aiockpt.staging.ownership import Ownership
-from aiockpt.staging.pending import Lazy
+from aiockpt.staging.pending import Lazy, uncounted
 from aiockpt.staging.progress import Progress
 from aiockpt.staging.snapshot import Staging
 
@@ -78,14 +79,23 @@ class Stager:
         snapshot: ``guarded`` copies what optimizers own behind the caller's back; ``inline`` copies all at once.
         stall_timeout: Seconds that an optimizer's step waits for a pending copy that makes no progress; None is no
             limit. On expiry the save fails and training steps on.
+        on_guard_wait: Called in the thread that steps an optimizer, with the seconds that it waited for CPU copies.
         thresholds: For tests with small tensors.
 
     Thread-safety: ``stage`` from one thread at a time; the rest from any.
     """
 
-    def __init__(self, *, snapshot: Snapshot, stall_timeout: float | None, thresholds: Thresholds = _DEFAULTS) -> None:
+    def __init__(
+        self,
+        *,
+        snapshot: Snapshot,
+        stall_timeout: float | None,
+        on_guard_wait: Callable[[float], None] = uncounted,
+        thresholds: Thresholds = _DEFAULTS,
+    ) -> None:
         self._guarded = snapshot == "guarded"
         self._stall_timeout = stall_timeout
+        self._on_guard_wait = on_guard_wait
         self._thresholds = thresholds
         self._thread = CopyThread()
         self._layout: Layout | None = None
@@ -95,6 +105,7 @@ class Stager:
         self._last: Staging | None = None
         self._pid = os.getpid()
         self._closed = False
+        guard.install()  # what is captured from now on in a CUDA graph is seen; the first save would be too late
 
     def prepare(self, plan: LocalPlan, collected: Collected, arena: ArenaView) -> None:
         """Make once what every save of this plan into this arena needs, so that the first one does not pay for it.
@@ -102,7 +113,6 @@ class Stager:
         Raises:
             ConfigError: A CUDA graph is being captured.
             UsageError: As ``stage``.
-            StorageError: The arena could not be pinned.
         """
         self._refuse_misuse()
         layout = self._layout_of(plan, arena)
@@ -115,7 +125,7 @@ class Stager:
                 self._side_of(tensor.device, arena)
 
     def _side_of(self, device: torch.device, arena: ArenaView) -> DeviceSide:
-        arena.register_cuda()
+        arena.register_cuda(device)
         side = self._sides.get(device)
         if side is None:
             side = self._sides[device] = DeviceSide(device)
@@ -150,7 +160,7 @@ class Stager:
         Raises:
             ConfigError: A CUDA graph is being captured.
             UsageError: After ``close``, in a forked child, or while the last snapshot is still being copied.
-            StorageError: The arena could not be pinned.
+            StorageError: ENOMEM: a CUDA device has no memory left to make a strided tensor contiguous.
 
         Where this raises, ``on_done`` is not called.
         """
@@ -173,6 +183,7 @@ class Stager:
             piece_nbytes=self._thresholds.piece_nbytes,
             on_progress=on_progress,
             on_done=on_done,
+            on_guard_wait=self._on_guard_wait,
             wake=self._thread.post,
         )
         progress = Progress(
@@ -187,6 +198,8 @@ class Stager:
         except BaseException as exc:
             staging.abandon(exc)
             self._thread.post(partial(staging.run, progress))
+            if isinstance(exc, torch.OutOfMemoryError):
+                raise _out_of_memory(step, exc) from exc
             raise
         staging.inline_s = time.perf_counter() - began
         self._thread.post(partial(staging.run, progress))
@@ -209,12 +222,17 @@ class Stager:
             self._last.cancel()
         if not self._thread.close(_CLOSE_SECONDS):
             _log.warning("the copy thread did not end within %s s; it ends with the process", _CLOSE_SECONDS)
+        elif self._last is None or self._last.let_devices_go():  # else a device may still write there
+            for side in self._sides.values():
+                side.close()
         self._layout = None
 
     def forget_in_child(self) -> None:
         """In a forked child: neither thread nor copies are here; every later call is refused."""
         self._thread.forget_in_child()
         guard.forget_in_child()
+        for side in self._sides.values():
+            side.forget_in_child()
         self._last = self._layout = None
 
     def _refuse_misuse(self) -> None:
@@ -226,17 +244,12 @@ class Stager:
             )
         if self._closed:
             raise UsageError("no snapshot is taken after close", next="open the Checkpointer again")
-        if guard.is_capturing():
-            raise ConfigError(
-                "save() was called while a CUDA graph is captured",
-                why="the copies would become part of the graph",
-                next="call save() before the capture begins or after it ended",
-            )
+        guard.refuse_capture("save()")
         last = self._last
         if last is not None:
             # It answers a moment before it is over. A device that never answered may still write into the arena.
             last.over.wait(self._stall_timeout)
-            if not last.done or last.devices:
+            if not last.done or not last.let_devices_go():
                 raise UsageError(
                     f"the snapshot of step {last.step} is still being copied", next="wait for it, or open anew"
                 )
@@ -261,10 +274,11 @@ class Stager:
         if write_texts:
             for offset, text in plan.texts:
                 layout.arena.write(offset, text)
-        progress.begin()
         chosen = self._sort(layout, collected, ownership)
         staging.lazy_nbytes = sum(lazy.nbytes for lazy in chosen.later)
         staging.inline_nbytes = plan.data_nbytes - staging.lazy_nbytes
+        staging.much_at_once = staging.inline_nbytes >= _HELPED_NBYTES
+        progress.begin()
         for lazy in chosen.later:
             staging.pending.add(lazy)
         on_host = [lazy for lazy in chosen.later if lazy.on_host]
@@ -321,7 +335,7 @@ class Stager:
             on_host = [position for position, tensor in pairs if tensor.is_cpu]
             sources = [tensor for _, tensor in pairs if tensor.is_cpu]
         shared = SharedCopy(units(on_host, sources, layout, piece_nbytes=self._thresholds.piece_nbytes), progress)
-        if staging.inline_nbytes >= _HELPED_NBYTES:
+        if staging.much_at_once:
             self._thread.post(partial(shared.help, staging.deliver))
         shared.run()
 
@@ -346,3 +360,12 @@ class Stager:
             copies.enqueue_now(now.get(device, []))
             for event, chunk in copies.enqueue_later(later.get(device, [])):
                 staging.pending.add_event(device, event, [item.lazy for item in chunk if item.lazy is not None])
+
+
+def _out_of_memory(step: int, error: torch.OutOfMemoryError) -> StorageError:
+    return StorageError(
+        f"step {step} not saved: a CUDA device has no memory left for copying the snapshot",
+        why=str(error).splitlines()[0],
+        next="tensors that are not contiguous are copied on the device first: make them contiguous, or leave it room",
+        errno=errno.ENOMEM,
+    )

@@ -75,6 +75,10 @@ class Collected:
     objects: list[Found] = field(default_factory=list)
     """Modules and other objects in the order in which they were met, then optimizers in theirs."""
 
+    def cuda_device(self) -> torch.device | None:
+        """Return a CUDA device that holds a tensor of the state, None where none does."""
+        return next((tensor.device for tensor in self.tensors if tensor.is_cuda), None)
+
 
 def collect(state: Mapping[Any, Any]) -> Collected:
     """Read a state without changing anything: no copy, no gather, no optimizer step, no gradient buffer.
@@ -114,9 +118,10 @@ class _Collector:
         self.result = Collected()
         self._names: dict[int, str] = {}
         self._optimizers: list[tuple[Optimizer, Segments, dict[str, Node]]] = []
-        self._seen: dict[Any, int] = {}
-        """Entry number by what makes tensors of one folder the same: memory, dtype, shape, strides. Addresses are not
-        used again meanwhile, as every entry's tensor is held."""
+        self._at: dict[int, int] = {}
+        """By address: the first entry there. Addresses are not used again meanwhile, as every entry's tensor is held."""
+        self._also_at: dict[int, list[int]] = {}
+        """By address: further entries there, which differ in folder, dtype, shape or strides."""
 
     def finish(self, tree: Node) -> Collected:
         """Read the optimizers and return everything."""
@@ -218,15 +223,30 @@ class _Collector:
         if not address and tensor.numel():
             raise refuse_tensor(tensor, path, "its memory was freed: its storage has been resized to 0")
         if address and number not in result.copies:
-            memory = (address, code, mark, shape, tensor.stride(), path[0] if len(path) > 1 else None)
-            known = self._seen.setdefault(memory, number)
-            if known != number:
-                if sort_key(path) < sort_key(result.entries[known].segments):
-                    result.entries[known] = Entry(path, code, shape, mark)
-                return known
+            first = self._at.setdefault(address, number)
+            if first != number:
+                known = self._tied(first, address, Entry(path, code, shape, mark), tensor)
+                if known is not None:
+                    return known
+                self._also_at.setdefault(address, []).append(number)
         result.entries.append(Entry(path, code, shape, mark))
         result.tensors.append(tensor)
         return number
+
+    def _tied(self, first: int, address: int, entry: Entry, tensor: torch.Tensor) -> int | None:
+        """Return the entry of the same folder, memory, dtype, shape and strides; it gets the first of the names."""
+        entries = self.result.entries
+        for number in (first, *self._also_at.get(address, ())):
+            known = entries[number]
+            if (
+                known[1:] == entry[1:]
+                and _folder(known.segments) == _folder(entry.segments)
+                and self.result.tensors[number].stride() == tensor.stride()
+            ):
+                if sort_key(entry.segments) < sort_key(known.segments):
+                    entries[number] = entry
+                return number
+        return None
 
     def _object(self, item: Any, path: Segments) -> Node | None:
         if isinstance(item, nn.Module):
@@ -287,6 +307,10 @@ class _Collector:
             here = (*path, key if is_text(key) else key_segment(key, path))
             nodes.append((key, self._tensor(item, here) if type(item) is torch.Tensor else self._whole(item, here)))
         return mapping_node(state, nodes, path)
+
+
+def _folder(path: Segments) -> str | None:
+    return path[0] if len(path) > 1 else None
 
 
 def mapping_node(item: Mapping[Any, Any], nodes: list[tuple[Any, Node]], path: Segments) -> Node:
