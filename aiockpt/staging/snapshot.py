@@ -142,8 +142,8 @@ class Staging:
     def report(self, file: int, upto: int) -> None:
         """Take a progress from the one thread that makes it just now; the owner gets it on the copy thread.
 
-        During ``stage`` the copy thread is woken for it only where there is ``much_at_once`` to copy: else ``run`` comes
-        sooner than that pays, and two threads that wake each other hand the interpreter's lock to and fro.
+        During ``stage`` the copy thread is woken for it only where there is ``much_at_once`` to copy: else ``run``
+        comes sooner than that pays, and two threads that wake each other hand the interpreter's lock to and fro.
         """
         self._reports.append((file, upto))
         if self._running:

@@ -119,7 +119,7 @@ class _Collector:
         self._names: dict[int, str] = {}
         self._optimizers: list[tuple[Optimizer, Segments, dict[str, Node]]] = []
         self._at: dict[int, int] = {}
-        """By address: the first entry there. Addresses are not used again meanwhile, as every entry's tensor is held."""
+        """By address: the first entry there. No address is used again meanwhile, as every entry's tensor is held."""
         self._also_at: dict[int, list[int]] = {}
         """By address: further entries there, which differ in folder, dtype, shape or strides."""
 
