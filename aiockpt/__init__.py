@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from aiockpt import blocking
     from aiockpt.checkpointer import Checkpointer, Save, load, restore, steps
     from aiockpt.config import Every, Latest, RestartPolicy
-    from aiockpt.coordinator.results import Restored, Saved, Statistics
+    from aiockpt.coordinator.results import Restored, Saved
+    from aiockpt.coordinator.statistics import Statistics
     from aiockpt.errors import (
         CheckpointCorruptError,
         CheckpointError,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         WorkerExitedError,
         WorkerStartError,
     )
+    from aiockpt.observing import Observer, Span
     from aiockpt.state.rng import RNG
 
 __all__ = [
@@ -47,10 +49,12 @@ __all__ = [
     "Checkpointer",
     "Every",
     "Latest",
+    "Observer",
     "RestartPolicy",
     "Restored",
     "Save",
     "Saved",
+    "Span",
     "Statistics",
     "__version__",
     "blocking",
@@ -84,7 +88,9 @@ __all__ = [
 _HOMES = {
     "aiockpt.checkpointer": ("Checkpointer", "Save", "load", "restore", "steps"),
     "aiockpt.config": ("Every", "Latest", "RestartPolicy"),
-    "aiockpt.coordinator.results": ("Restored", "Saved", "Statistics"),
+    "aiockpt.coordinator.results": ("Restored", "Saved"),
+    "aiockpt.coordinator.statistics": ("Statistics",),
+    "aiockpt.observing": ("Observer", "Span"),
     "aiockpt.state.rng": ("RNG",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

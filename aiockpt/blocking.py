@@ -152,16 +152,17 @@ class Checkpointer(Face):
         exclude: str | Iterable[str] | None = None,
     ) -> Restored | None:
         """Restore into the live objects of ``state``, in place; see ``aiockpt.Checkpointer.restore``."""
-        targets = self._coordinator.restoring.begin(state, include=include, exclude=exclude)
-        stop = threading.Event()
-        under_way = self._coordinator.read(lambda r: r.read(targets, step=step, strict=strict, stop=stop))
-        try:
-            outcome = under_way.result()
-        except BaseException:
-            stop.set()  # and nobody may use the state while a thread still writes to it
-            under_way.exception()
-            raise
-        return self._coordinator.restoring.finish(outcome)
+        with self._coordinator.spans.begin("restore", step=step) as span:
+            targets = self._coordinator.restoring.begin(state, include=include, exclude=exclude)
+            stop = threading.Event()
+            under_way = self._coordinator.read(lambda r: r.read(targets, step=step, strict=strict, stop=stop))
+            try:
+                outcome = under_way.result()
+            except BaseException:
+                stop.set()  # and nobody may use the state while a thread still writes to it
+                under_way.exception()
+                raise
+            return self._coordinator.restoring.finish(outcome, span)
 
     def load(
         self, step: int | None = None, *, include: str | Iterable[str] | None = None, mmap: bool = False

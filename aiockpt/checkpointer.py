@@ -280,17 +280,18 @@ class Checkpointer(Face):
 
         Cancellation: ends the reading at the next block; the live state is mixed then, and must be restored again.
         """
-        targets = self._coordinator.restoring.begin(state, include=include, exclude=exclude)
-        stop = threading.Event()
-        under_way = self._coordinator.read(lambda r: r.read(targets, step=step, strict=strict, stop=stop))
-        try:
-            outcome = await _wait(under_way)
-        except BaseException:
-            stop.set()  # and nobody may use the state while a thread still writes to it
-            with anyio.CancelScope(shield=True):
-                await _wait_quietly(under_way)
-            raise
-        return self._coordinator.restoring.finish(outcome)
+        with self._coordinator.spans.begin("restore", step=step) as span:
+            targets = self._coordinator.restoring.begin(state, include=include, exclude=exclude)
+            stop = threading.Event()
+            under_way = self._coordinator.read(lambda r: r.read(targets, step=step, strict=strict, stop=stop))
+            try:
+                outcome = await _wait(under_way)
+            except BaseException:
+                stop.set()  # and nobody may use the state while a thread still writes to it
+                with anyio.CancelScope(shield=True):
+                    await _wait_quietly(under_way)
+                raise
+            return self._coordinator.restoring.finish(outcome, span)
 
     async def load(
         self, step: int | None = None, *, include: str | Iterable[str] | None = None, mmap: bool = False

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 import msgspec
 
 from aiockpt.errors import ConfigError
+from aiockpt.observing import Observer
 
 __all__ = ["Every", "Latest", "Options", "RestartPolicy", "Snapshot"]
 
@@ -41,6 +42,17 @@ def _check_number(argument: str, value: object, otherwise: str = "", *, or_zero:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not (0 < value <= _LONGEST_SECONDS or (or_zero and value == 0)):  # type: ignore[operator]
         raise _refuse(argument, f"{_shown(value)} is not a finite positive number", f"give a number > 0{otherwise}")
+
+
+def _check_observer(observer: object) -> None:
+    if observer is None:
+        return
+    next = "give an object of a class that derives from aiockpt.Observer, or None"
+    if isinstance(observer, type):
+        raise _refuse("observer", f"{_shown(observer)} is a class, not an object of it", next)
+    lacking = [name for name in ("started", "completed", "failed") if not callable(getattr(observer, name, None))]
+    if lacking:
+        raise _refuse("observer", f"{_shown(observer)} has no {lacking[0]}()", next)
 
 
 def _absolute(run: object) -> str:
@@ -124,6 +136,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Most bytes of shared memory that the arena may take."""
     restart: RestartPolicy = RestartPolicy()
     """When a dead worker is started again."""
+    observer: Observer | None = None
+    """What is told of the spans of this run; None costs nothing."""
     start_timeout: float | None = 60.0
     """For the worker to come up."""
     stall_timeout: float | None = 60.0
@@ -159,6 +173,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             _check_count("capacity", self.capacity)
         if not isinstance(self.restart, RestartPolicy):
             raise _refuse("restart", f"{_shown(self.restart)} is no RestartPolicy", "give aiockpt.RestartPolicy(…)")
+        _check_observer(self.observer)
         for argument in ("start_timeout", "stall_timeout", "io_timeout", "linger_timeout", "close_timeout"):
             value = getattr(self, argument)
             if value is not None:

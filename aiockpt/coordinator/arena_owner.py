@@ -39,7 +39,14 @@ class ArenaOwner:
     @property
     def nbytes(self) -> int:
         """Bytes held now."""
-        return self.view.nbytes if self.view else 0
+        view = self.view  # once: another thread may ask while the loop drops it
+        return view.nbytes if view else 0
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it is registered with CUDA."""
+        view = self.view
+        return view is not None and view.cuda_registered
 
     async def ensure(self, nbytes: int) -> ArenaView:
         """Return an arena of at least ``nbytes``, faulted in and, with CUDA, pinned.

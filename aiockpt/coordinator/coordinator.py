@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 import anyio
@@ -24,12 +25,14 @@ from aiockpt.coordinator.loop_thread import LoopThread, wait_for
 from aiockpt.coordinator.open_run import OpenRun
 from aiockpt.coordinator.process_hooks import forget, remember
 from aiockpt.coordinator.restoring import Restoring
-from aiockpt.coordinator.results import Statistics
 from aiockpt.coordinator.save_record import SaveRecord
 from aiockpt.coordinator.saves import Saves
 from aiockpt.coordinator.saving import Saving
 from aiockpt.coordinator.schedule import Schedule
+from aiockpt.coordinator.spans import OpenSpan, Spans
+from aiockpt.coordinator.statistics import Statistics
 from aiockpt.coordinator.supervisor import Supervisor
+from aiockpt.coordinator.tally import Tally
 from aiockpt.errors import CheckpointError, ConfigError, UsageError
 from aiockpt.planning.local import LocalPlan
 from aiockpt.protocol.messages import Message, Reserved, Setup
@@ -47,6 +50,8 @@ T = TypeVar("T")
 
 ABANDON_SECONDS = 5.0
 """For the worker to confirm a cancellation at close; it is killed a little later anyway."""
+OBSERVER_SECONDS = 5.0
+"""For the observer to take what it was not told of yet, at close and at the interpreter's exit."""
 EXIT_SECONDS = 30.0
 """At the interpreter's exit: for copies that are under way to end, so that the worker can finish the save."""
 
@@ -65,6 +70,8 @@ class Coordinator:
         self._pid = os.getpid()
         self._schedule = Schedule(options.every, time.monotonic())
         self._desk = Desk()
+        self._tally = Tally()
+        self.spans = Spans(options.observer, run=options.run, on_left_out=partial(self._tally.count, "dropped_spans"))
         self._loop: LoopThread | None = None
         self._closing = False
         self._first_up: Future[None] = Future()
@@ -80,41 +87,49 @@ class Coordinator:
         if not hasattr(os, "memfd_create") or not hasattr(os, "pidfd_open"):
             raise ConfigError("aiockpt runs on Linux only", why="it needs memfd_create and pidfd_open")
         self._loop = LoopThread("aiockpt-coordinator")
-        self._stager = Stager(snapshot=self.options.snapshot, stall_timeout=self.options.stall_timeout)
+        self._stager = Stager(
+            snapshot=self.options.snapshot,
+            stall_timeout=self.options.stall_timeout,
+            on_guard_wait=self._tally.guard_waited,
+        )
         self._loop.start()
         self._loop.submit(self._make).result()
         remember(self)
-        return self._loop.submit(self._open)
+        self.spans.start()
+        return self._loop.submit(self._open, self.spans.begin("open"))
 
     async def _make(self) -> None:
         # In our own loop: made in the caller's, anyio's events and limiters would belong to that, trio perhaps.
         await anyio.lowlevel.checkpoint()
         self._left = anyio.Event()
         self._arena = ArenaOwner(self.options.capacity)
-        self._supervisor = Supervisor(self.options, self)
+        self._supervisor = Supervisor(self.options, self, self.spans)
         self._supervisor.faults = self.worker_faults
 
-    async def _open(self) -> None:
+    async def _open(self, span: OpenSpan) -> None:
         assert self._loop is not None
-        claim = await anyio.to_thread.run_sync(self._take_run)
-        if self._closing:
-            claim.release()
-            raise failures.closed()
-        self._run = OpenRun(
-            self.options,
-            claim,
-            loop=self._loop,
-            desk=self._desk,
-            arena=self._arena,
-            stager=self._stager,
-            schedule=self._schedule,
-            faults=self.faults,
-        )
-        self._loop.tasks.start_soon(self._supervise)
-        up = anyio.Event()
-        self._first_up.add_done_callback(lambda _: up.set())
-        await up.wait()
-        self._first_up.result()
+        with span:
+            claim = await anyio.to_thread.run_sync(self._take_run)
+            if self._closing:
+                claim.release()
+                raise failures.closed()
+            self._run = OpenRun(
+                self.options,
+                claim,
+                loop=self._loop,
+                desk=self._desk,
+                arena=self._arena,
+                stager=self._stager,
+                schedule=self._schedule,
+                spans=self.spans,
+                tally=self._tally,
+                faults=self.faults,
+            )
+            self._loop.tasks.start_soon(self._supervise, span)
+            up = anyio.Event()
+            self._first_up.add_done_callback(lambda _: up.set())
+            await up.wait()
+            self._first_up.result()
 
     def _take_run(self) -> RunClaim:
         def while_waiting(_: str) -> None:
@@ -125,9 +140,9 @@ class Coordinator:
             self.options.run, linger_timeout=self.options.linger_timeout, on_wait=while_waiting, faults=self.faults
         )
 
-    async def _supervise(self) -> None:
+    async def _supervise(self, opening: OpenSpan) -> None:
         try:
-            await self._supervisor.run()
+            await self._supervisor.run(opening)
         except Exception as exc:
             _log.exception("the supervisor failed")
             self.supervision_over(CheckpointError("the supervisor of the worker failed", why=repr(exc)))
@@ -193,17 +208,22 @@ class Coordinator:
     def prepare(self, state: Mapping[str, Any]) -> Future[None]:
         """Make the arena for ``state``; reads the state in the calling thread, the rest goes on behind it."""
         loop = self.check_open()
-        return loop.submit(self._prepare, *self._opened.saving.plan(state))
+        span = self.spans.begin("prepare")
+        with span.unless_it_fails():
+            plan, collected = self._opened.saving.plan(state)
+        return loop.submit(self._prepare, plan, collected, span)
 
-    async def _prepare(self, plan: LocalPlan, collected: Collected) -> None:
+    async def _prepare(self, plan: LocalPlan, collected: Collected, span: OpenSpan) -> None:
         me = object()
-        while not self._desk.take_slot(me):
-            await wait_for(self._desk.when_free())
-        try:
-            arena = await self._arena.ensure(plan.arena_nbytes)
-            await anyio.to_thread.run_sync(self._stager.prepare, plan, collected, arena)
-        finally:
-            self._desk.free_slot(me)
+        with span:
+            while not self._desk.take_slot(me):
+                await wait_for(self._desk.when_free())
+            try:
+                arena = await self._arena.ensure(plan.arena_nbytes)
+                await anyio.to_thread.run_sync(self._stager.prepare, plan, collected, arena)
+            finally:
+                self._desk.free_slot(me)
+            span.note(nbytes=plan.data_nbytes)
 
     def due(self, step: int) -> str | None:
         """Return why ``step`` should be saved, or None."""
@@ -240,20 +260,19 @@ class Coordinator:
         return self._opened.restoring
 
     def statistics(self) -> Statistics:
-        """Return the counters since ``open``."""
+        """Return the figures since ``open``."""
         self.check_open()
-        counts = self._opened.saves.counts
-        return Statistics(
-            committed=counts["committed"],
-            failed=counts["failed"],
-            cancelled=counts["cancelled"],
-            skipped=self._opened.saving.skipped,
-            committed_nbytes=counts["committed_nbytes"],
-            arena_nbytes=self._arena.nbytes,
+        holder = self._desk.holder
+        return self._tally.statistics(
+            in_flight=len(self._desk.in_flight()),
             plans=self._opened.saving.plans.misses,
+            arena_capacity=self.options.capacity,
+            arena_nbytes=self._arena.nbytes,
+            arena_used_nbytes=holder.arena_nbytes if isinstance(holder, SaveRecord) else 0,
+            arena_pinned=self._arena.is_pinned,
             worker_pid=self._supervisor.pid,
+            worker_private_nbytes=self._supervisor.private_nbytes,
             worker_restarts=self._supervisor.restarts,
-            dropped_answers=counts["dropped"],
         )
 
     # ---- close
@@ -266,7 +285,7 @@ class Coordinator:
             return nothing
         if not self._closing:
             self._closing = True
-            self._loop.submit(self._close, drain)
+            self._loop.submit(self._close, drain, self.spans.begin("close"))
         return self._loop.ended
 
     def leave(self) -> None:
@@ -278,8 +297,17 @@ class Coordinator:
         """Return the failures that nobody was told of, once."""
         return [save.failure for save in self._desk.take_unheard() if save.failure is not None]
 
-    async def _close(self, drain: bool) -> None:
+    async def _close(self, drain: bool, span: OpenSpan) -> None:
         assert self._loop is not None
+        try:
+            with span:
+                await self._wind_down(drain)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(self.spans.close, OBSERVER_SECONDS)
+            self._loop.stop()
+
+    async def _wind_down(self, drain: bool) -> None:
         deadline = anyio.current_time() + (self.options.close_timeout or float("inf"))
         try:
             self._desk.close(failures.closed)
@@ -292,7 +320,6 @@ class Coordinator:
         finally:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(self._release)
-            self._loop.stop()
 
     async def _end_saves(self, saves: Saves, drain: bool, deadline: float) -> None:
         why = "close(drain=False)"
@@ -332,6 +359,7 @@ class Coordinator:
         deadline = time.monotonic() + EXIT_SECONDS
         for save in self._desk.in_flight():
             save.wait_handed_over(max(0.0, deadline - time.monotonic()))
+        self.spans.close(OBSERVER_SECONDS)
         self._log_unheard()
 
     def _log_unheard(self) -> None:
@@ -347,11 +375,7 @@ class Coordinator:
             UsageError: This is not the process that made the Checkpointer.
         """
         if self._pid != os.getpid():
-            raise UsageError(
-                "this Checkpointer belongs to another process",
-                why=f"it was made in process {self._pid}, this is a forked child, {os.getpid()}",
-                next="make a Checkpointer in this process, with a run directory of its own",
-            )
+            raise failures.forked(self._pid)
 
     def check_open(self) -> LoopThread:
         """Refuse a call before open, after close, or from a forked child.
@@ -363,11 +387,7 @@ class Coordinator:
         if self._closing:
             raise failures.closed()
         if self._loop is None or not self._first_up.done():
-            raise UsageError(
-                "the checkpointer is not open",
-                why="nothing was done yet to open it",
-                next="use it in a with block, or call open() first",
-            )
+            raise failures.not_open()
         return self._loop
 
     def forget_in_child(self) -> None:
@@ -375,5 +395,6 @@ class Coordinator:
         self._stager.forget_in_child()
         self._arena.forget_in_child()
         self._supervisor.forget_in_child()
+        self.spans.forget_in_child()
         if self._run is not None:
             self._run.claim.forget_in_child()

@@ -8,8 +8,10 @@ from typing import Any, NoReturn, Self
 
 from aiockpt.config import Every, Latest, Options, RestartPolicy, Snapshot
 from aiockpt.coordinator.coordinator import Coordinator
-from aiockpt.coordinator.results import Saved, Statistics
+from aiockpt.coordinator.results import Saved
 from aiockpt.coordinator.save_record import SaveRecord
+from aiockpt.coordinator.statistics import Statistics
+from aiockpt.observing import Observer
 
 __all__ = ["Face", "Handle", "add_notes", "raise_failures"]
 
@@ -71,6 +73,7 @@ class Face:
         snapshot: Snapshot = "guarded",
         capacity: int | None = None,
         restart: RestartPolicy = RestartPolicy(),  # noqa: B008  # frozen
+        observer: Observer | None = None,
         start_timeout: float | None = 60,
         stall_timeout: float | None = 60,
         io_timeout: float | None = 600,
@@ -87,6 +90,7 @@ class Face:
                 ``step()`` wait; ``"inline"`` copies everything before ``save()`` returns.
             capacity: Most bytes of shared memory to take.
             restart: When a dead worker is started again.
+            observer: Told of what happens when, from a thread of its own.
             start_timeout: Seconds for the worker to come up; here and below None is no limit.
             stall_timeout: Seconds without a sign of life from the worker, or for a pending copy.
             io_timeout: Seconds for one write, sync or rename to make progress.
@@ -103,6 +107,7 @@ class Face:
             snapshot=snapshot,
             capacity=capacity,
             restart=restart,
+            observer=observer,
             start_timeout=start_timeout,
             stall_timeout=stall_timeout,
             io_timeout=io_timeout,
@@ -127,7 +132,7 @@ class Face:
         self._coordinator.request_save(reason)
 
     def statistics(self) -> Statistics:
-        """Return the counters since ``open()``."""
+        """Return the figures since ``open()``; quick, from any thread."""
         return self._coordinator.statistics()
 
     def __repr__(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 
 from aiockpt.coordinator.save_record import SaveRecord
 from aiockpt.errors import (
@@ -18,7 +19,18 @@ from aiockpt.errors import (
 )
 from aiockpt.protocol.messages import WireError
 
-__all__ = ["abandoned", "arena_too_large", "as_exception", "cancelled", "closed", "left", "timed_out", "unknown"]
+__all__ = [
+    "abandoned",
+    "arena_too_large",
+    "as_exception",
+    "cancelled",
+    "closed",
+    "forked",
+    "left",
+    "not_open",
+    "timed_out",
+    "unknown",
+]
 
 _log = logging.getLogger("aiockpt.save")
 
@@ -107,4 +119,22 @@ def closed() -> UsageError:
     """What every call gets after ``close()``."""
     return UsageError(
         "the checkpointer is closed", why="close() was called", next="open a new Checkpointer for this run"
+    )
+
+
+def not_open() -> UsageError:
+    """What every call gets before ``open()``."""
+    return UsageError(
+        "the checkpointer is not open",
+        why="nothing was done yet to open it",
+        next="use it in a with block, or call open() first",
+    )
+
+
+def forked(owner: int) -> UsageError:
+    """What every call gets in a forked child of the process ``owner``."""
+    return UsageError(
+        "this Checkpointer belongs to another process",
+        why=f"it was made in process {owner}, this is a forked child, {os.getpid()}",
+        next="make a Checkpointer in this process, with a run directory of its own",
     )

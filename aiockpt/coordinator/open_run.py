@@ -10,6 +10,8 @@ from aiockpt.coordinator.restoring import Restoring
 from aiockpt.coordinator.saves import Saves
 from aiockpt.coordinator.saving import Saving
 from aiockpt.coordinator.schedule import Schedule
+from aiockpt.coordinator.spans import Spans
+from aiockpt.coordinator.tally import Tally
 from aiockpt.staging.stager import Stager
 from aiockpt.storage.claim import RunClaim
 from aiockpt.storage.faults import Faults
@@ -30,10 +32,12 @@ class OpenRun:
         arena: ArenaOwner,
         stager: Stager,
         schedule: Schedule,
+        spans: Spans,
+        tally: Tally,
         faults: Faults,
     ) -> None:
         self.claim = claim
-        self.saves = Saves(options, desk, claim, loop.tasks, faults)
+        self.saves = Saves(options, desk, claim, loop.tasks, faults, tally)
         self.saving = Saving(
             options,
             loop=loop,
@@ -43,6 +47,7 @@ class OpenRun:
             stager=stager,
             schedule=schedule,
             highest_ordinal=claim.highest_ordinal,
+            spans=spans,
             faults=faults,
         )
-        self.restoring = Restoring(options.run, claim, self.saves, self.saving, stager)
+        self.restoring = Restoring(options.run, claim, self.saves, self.saving, stager, spans)

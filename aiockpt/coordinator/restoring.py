@@ -12,6 +12,7 @@ from aiockpt.coordinator.reading import Globs
 from aiockpt.coordinator.results import Restored
 from aiockpt.coordinator.saves import Saves
 from aiockpt.coordinator.saving import Saving
+from aiockpt.coordinator.spans import OpenSpan, Spans
 from aiockpt.errors import CheckpointCorruptError
 from aiockpt.restoring.run import RestoreOutcome, restore_run
 from aiockpt.restoring.targets import Targets
@@ -28,12 +29,13 @@ _log = logging.getLogger("aiockpt.restore")
 class Restoring:
     """``begin`` and ``finish`` run in the thread that owns the state, all else in a thread of the coordinator."""
 
-    def __init__(self, run: str, claim: RunClaim, saves: Saves, saving: Saving, stager: Stager) -> None:
+    def __init__(self, run: str, claim: RunClaim, saves: Saves, saving: Saving, stager: Stager, spans: Spans) -> None:
         self._run = run
         self._claim = claim
         self._saves = saves
         self._saving = saving
         self._stager = stager
+        self._spans = spans
 
     def begin(self, state: Mapping[str, Any], *, include: Globs, exclude: Globs) -> Targets:
         """Look at the live state, after our own copies of it are done."""
@@ -51,16 +53,18 @@ class Restoring:
                 self._claim.mark_bad(unreadable, unreadable.why)
         return outcome
 
-    def finish(self, outcome: RestoreOutcome | None) -> Restored | None:
+    def finish(self, outcome: RestoreOutcome | None, span: OpenSpan) -> Restored | None:
         """Give objects and containers their values, and begin the branch that goes on from here."""
         restored = reading.finish(outcome)
         if restored is not None:
+            span.note(step=restored.step, path=restored.path, skipped=len(restored.skipped))
             self._begin_branch(restored)
         return restored
 
     def load(self, step: int | None, *, include: Globs, mmap: bool) -> dict[str, Any]:
         """Return a checkpoint as a fresh nested dict."""
-        return reading.load(self._run, step=step, include=include, mmap=mmap)
+        with self._spans.begin("load", step=step):
+            return reading.load(self._run, step=step, include=include, mmap=mmap)
 
     def steps(self) -> list[int]:
         """Return the committed steps, ascending."""
@@ -72,7 +76,10 @@ class Restoring:
 
     def verify(self, step: int) -> int:
         """Read a checkpoint whole; returns its bytes."""
-        return verify_checkpoint(f"{self._run}/step-{step}")
+        with self._spans.begin("verify", step=step) as span:
+            nbytes = verify_checkpoint(f"{self._run}/step-{step}")
+            span.note(nbytes=nbytes)
+            return nbytes
 
     def _mark_bad(self, committed: Committed, error: CheckpointCorruptError) -> None:
         self._claim.mark_bad(committed, str(error))

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["Restored", "Saved", "Statistics"]
+__all__ = ["Restored", "Saved"]
 
 
 class Saved(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,8 +18,10 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
     nbytes: int
     """Bytes of its files."""
     timings: dict[str, float]
-    """Seconds since the call of ``save()`` (``blocked``, ``staged``, ``durable``), seconds that the worker spent in a
-    phase (``write``, ``sync``, ``commit``), seconds of slow ``state_dict()`` calls by key (``state_dict:KEY``)."""
+    """Seconds since the call of ``save()`` (``blocked``, ``staged``, ``durable``); seconds that a part of it took
+    (``wait`` and ``reserve`` where there was need, ``collect``, ``stage``, by the worker ``write``, ``sync``,
+    ``commit``), explained at ``Statistics.phases``; seconds of slow ``state_dict()`` calls by key
+    (``state_dict:KEY``). ``buffered`` is 1.0 where direct I/O was refused."""
 
 
 class Restored(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,21 +38,3 @@ class Restored(msgspec.Struct, frozen=True, kw_only=True):
     """Names of the checkpoint that the live state lacks; only with ``strict=False``."""
     skipped: dict[int, str]
     """Newer steps that were passed over, with the reason."""
-
-
-class Statistics(msgspec.Struct, frozen=True, kw_only=True):
-    """Counters since ``open()``."""
-
-    committed: int
-    failed: int
-    cancelled: int
-    skipped: int
-    committed_nbytes: int
-    arena_nbytes: int
-    """Shared memory held now."""
-    plans: int
-    """Plans made; a loop over one state makes one."""
-    worker_pid: int | None
-    worker_restarts: int
-    dropped_answers: int
-    """Answers of the worker for a save that was not open."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
 from aiockpt.coordinator.results import Saved
+from aiockpt.coordinator.spans import NO_SPAN, OpenSpan
 from aiockpt.protocol.lifecycle import FINAL, SaveEvent, SaveState, advance
 from aiockpt.protocol.messages import BeginSave, EndStaging, Staged
 
@@ -22,7 +25,10 @@ class SaveRecord:
     are for any thread: ``staged`` (the caller may write to the state again) and ``outcome``.
     """
 
-    def __init__(self, step: int, *, timeout: float | None) -> None:
+    def __init__(
+        self, step: int, *, timeout: float | None, spent: Callable[[str, float], None] = lambda phase, seconds: None
+    ) -> None:
+        """Begin now; ``spent`` is told of every phase and its seconds."""
         self.save_id = uuid.uuid4().hex
         self.step = step
         self.overwrite = False
@@ -32,6 +38,17 @@ class SaveRecord:
         self.staged: Future[None] = Future()
         self.started_at = time.monotonic()
         self.timings: dict[str, float] = {}
+        self.span = NO_SPAN
+        """Of the save as a whole."""
+        self.stage_span = NO_SPAN
+        self.work_span = NO_SPAN
+        """Of what the worker does for it just now, writing or committing."""
+        self.staged_nbytes = 0
+        """Bytes that its snapshot has."""
+        self.arena_nbytes = 0
+        """Bytes that it takes of the arena."""
+        self.written_nbytes = 0
+        """Bytes that the worker has written in this attempt."""
         self.begin: BeginSave | None = None
         self.end: EndStaging | None = None
         self.staging: Any = None
@@ -51,6 +68,7 @@ class SaveRecord:
         """Threads and tasks that wait for the outcome now."""
         self.heard = False
         """Whether somebody was told of the failure."""
+        self._spent = spent
 
     def move(self, event: SaveEvent) -> None:
         """Go on by one transition of the table."""
@@ -71,8 +89,21 @@ class SaveRecord:
         return time.monotonic() - self.started_at
 
     def stamp(self, name: str) -> None:
-        """Note that a phase ended now."""
-        self.timings[name] = self.elapsed()
+        """Note how long after the call something is reached, now."""
+        self.spend(name, self.elapsed())
+
+    def spend(self, phase: str, seconds: float) -> None:
+        """Note how long a phase took."""
+        self.timings[phase] = seconds
+        self._spent(phase, seconds)
+
+    @contextmanager
+    def phase(self, name: str, **attributes: int) -> Iterator[OpenSpan]:
+        """Note how long the block takes, and tell the observer of it."""
+        began = self.elapsed()
+        with self.span.begin(name, **attributes) as span:
+            yield span
+        self.spend(name, self.elapsed() - began)
 
     def settle_staged(self, error: BaseException | None) -> None:
         """Tell who waits for staging how it ended; the first word counts. From any thread."""

@@ -16,6 +16,8 @@ from aiockpt.coordinator import failures
 from aiockpt.coordinator.desk import Desk
 from aiockpt.coordinator.results import Saved
 from aiockpt.coordinator.save_record import SaveRecord
+from aiockpt.coordinator.statistics import Rate
+from aiockpt.coordinator.tally import Tally
 from aiockpt.errors import CheckpointError, CommitUnknownError, SaveCancelledError, WorkerExitedError
 from aiockpt.format.names import attempt_name, parse_step
 from aiockpt.protocol.lifecycle import SaveEvent, SaveState
@@ -37,18 +39,24 @@ class Saves:
     """Moves every open save along its table. All methods run on the loop."""
 
     def __init__(
-        self, options: Options, desk: Desk, claim: RunClaim, tasks: anyio.abc.TaskGroup, faults: Faults
+        self,
+        options: Options,
+        desk: Desk,
+        claim: RunClaim,
+        tasks: anyio.abc.TaskGroup,
+        faults: Faults,
+        tally: Tally | None = None,
     ) -> None:
         self._options = options
         self._desk = desk
         self._claim = claim
         self._tasks = tasks
+        self.tally = tally or Tally()
         self._faults = faults
         self._link: Link | None = None
         self._limiter = anyio.CapacityLimiter(1)
         self.checkpoints: dict[int, Known] = {known.step: known for known in claim.checkpoints}
         """Committed ones by step, newest first; replaced as a whole, so that any thread may read it."""
-        self.counts = dict.fromkeys(("committed", "failed", "cancelled", "committed_nbytes", "dropped"), 0)
 
     # ---- from the thread that saves, by way of the loop
 
@@ -60,6 +68,7 @@ class Saves:
             self._maybe_free(save)
             return
         save.move(SaveEvent.BEGIN)
+        _observe_writing(save)
         self._send(save.begin)
 
     def staged(self, save: SaveRecord, file: int, upto: int) -> None:
@@ -121,6 +130,7 @@ class Saves:
         self._link = link
         for save in self._desk.in_flight():
             if save.state is not SaveState.PLANNED:
+                _observe_writing(save)
                 for frame in save.replay():
                     link.send(frame)
                 if save.cancelling is not None:
@@ -135,13 +145,11 @@ class Saves:
             return
         save = self._desk.find(getattr(message, "save_id", ""))
         if save is None:
-            self.counts["dropped"] += 1
+            self.tally.count("dropped_answers")
             return
         match message:
-            case Progress(state="written") if save.state is SaveState.STAGED:
-                save.move(SaveEvent.FILES_DURABLE)
-            case Progress(state="committing") if save.state is SaveState.WRITTEN:
-                save.move(SaveEvent.COMMIT_BEGUN)
+            case Progress():
+                self._progress(save, message)
             case Committed():
                 self._committed(save, message.path, message.nbytes, message.timings, message.pruned)
             case Failed():
@@ -173,12 +181,24 @@ class Saves:
 
     # ---- inside
 
+    def _progress(self, save: SaveRecord, message: Progress) -> None:
+        self.tally.count("written_nbytes", max(0, message.written - save.written_nbytes))
+        save.written_nbytes = message.written
+        match message.state, save.state:
+            case "written", SaveState.STAGED:
+                save.move(SaveEvent.FILES_DURABLE)
+                save.work_span.complete(nbytes=message.written)
+            case "committing", SaveState.WRITTEN:
+                save.move(SaveEvent.COMMIT_BEGUN)
+                save.work_span = save.span.begin("commit")
+
     def _send(self, message: Message) -> None:
         if self._link is not None:  # else the next worker is told by replay
             self._link.send(message)
 
     async def _settle(self, save: SaveRecord, error: CheckpointError) -> None:
         save.deaths += 1
+        save.work_span.fail(error)
         assert save.begin is not None
         name = attempt_name(save.step, save.save_id, save.begin.attempt)
         found: Future[Known | None] = Future()
@@ -231,7 +251,9 @@ class Saves:
         else:
             assert save.begin is not None
             save.begin = msgspec.structs.replace(save.begin, attempt=save.begin.attempt + 1)
+            save.written_nbytes = 0
             save.move(SaveEvent.WORKER_DIED)
+            self.tally.count("retried")
 
     def _committed(
         self, save: SaveRecord, path: str, nbytes: int, timings: dict[str, float], pruned: list[str]
@@ -253,13 +275,11 @@ class Saves:
         )
         others = {step: known for step, known in self.checkpoints.items() if step not in gone}
         self.checkpoints = {save.step: new, **others}
-        self.counts["committed"] += 1
-        self.counts["committed_nbytes"] += nbytes
+        self.tally.committed(save.step, nbytes, timings)
         result = Saved(step=save.step, path=path, nbytes=nbytes, timings=dict(save.timings))
-        _log.info(
-            "step %d saved: %.1f MB, blocked %.0f ms, durable after %.2f s, %s",
-            *(save.step, nbytes / 1e6, save.timings.get("blocked", 0.0) * 1e3, save.timings["durable"], path),
-        )
+        _log_commit(result)
+        save.work_span.complete()
+        save.span.complete(nbytes=nbytes, path=path)
         save.settle_staged(None)
         save.outcome.set_result(result)
         save.handed_over()
@@ -275,7 +295,9 @@ class Saves:
             save.move(SaveEvent.CANCEL)
         else:
             save.move(SaveEvent.FAIL)
-        self.counts["cancelled" if is_cancel else "failed"] += 1
+        self.tally.failed(error)
+        save.work_span.fail(error)
+        save.span.fail(error)
         if save.staging is not None:
             save.staging.cancel()
         save.settle_staged(error)
@@ -295,3 +317,21 @@ _WAY_TO_COMMIT = (
     (SaveEvent.COMMIT_BEGUN, SaveState.WRITTEN),
     (SaveEvent.COMMIT_DONE, SaveState.COMMITTING),
 )
+
+
+def _observe_writing(save: SaveRecord) -> None:
+    """Begin the span of a worker's writing, unless one is open: the worker may come up behind the save's beginning."""
+    assert save.begin is not None
+    if not save.work_span.is_open:
+        save.work_span = save.span.begin("write", attempt=save.begin.attempt)
+
+
+def _log_commit(saved: Saved) -> None:
+    """Write the one line of a checkpoint: figures for programs to find, in an order for people to read."""
+    durable = saved.timings["durable"]
+    # Where one lacks, its end comes a moment behind the commit: a thread had no turn to note it yet.
+    blocked, staged = (saved.timings.get(name, durable) for name in ("blocked", "staged"))
+    _log.info(
+        "step %d saved: nbytes=%d blocked_s=%.4f staged_s=%.4f durable_s=%.4f gbps=%.3f path=%s",
+        *(saved.step, saved.nbytes, blocked, staged, durable, Rate().plus(saved.nbytes, durable).gbps, saved.path),
+    )

@@ -18,6 +18,7 @@ from aiockpt.coordinator.retention import to_prune
 from aiockpt.coordinator.save_record import SaveRecord
 from aiockpt.coordinator.saves import Saves
 from aiockpt.coordinator.schedule import Schedule
+from aiockpt.coordinator.spans import UNOBSERVED, Spans
 from aiockpt.errors import (
     CheckpointError,
     ConfigError,
@@ -71,6 +72,7 @@ class Saving:
         schedule: Schedule,
         highest_ordinal: int,
         faults: Faults,
+        spans: Spans = UNOBSERVED,
     ) -> None:
         self._options = options
         self._loop = loop
@@ -80,11 +82,12 @@ class Saving:
         self._stager = stager
         self._schedule = schedule
         self._ordinal = highest_ordinal
+        self._spans = spans
+        self._tally = saves.tally
         self._faults = faults
         self._texts_in: tuple[LocalPlan, ArenaView] | None = None
         self._busy = threading.Lock()
         self.plans = PlanCache()
-        self.skipped = 0
         self.branch: frozenset[str] = frozenset()
         """Save ids of checkpoints on an abandoned branch, which a save replaces without ``overwrite``."""
 
@@ -130,23 +133,19 @@ class Saving:
         self._raise_unheard(step)
         self._replaces(step, call.overwrite)
         metadata = encode_metadata(call.metadata)
-        record = SaveRecord(step, timeout=call.timeout)
-        if not self._admit(record, call.when_busy):
-            record.move(SaveEvent.SKIP)
-            record.staged.set_result(None)
-            record.outcome.set_result(None)
-            self.skipped += 1
-            return record
-        try:
-            record.overwrite = self._replaces(step, call.overwrite)  # the save before may have committed it
-            plan, collected = self.plan(call.state)
-            record.values = encode_values(collected.values)
-            record.metadata = metadata
-        except BaseException:
-            self._desk.free_slot(record)
-            raise
+        record = SaveRecord(step, timeout=call.timeout, spent=self._tally.spent)
+        record.metadata = metadata
+        record.span = self._spans.begin("save", step=step, save_id=record.save_id)
+        with record.span.unless_it_fails():
+            if not self._admit(record, call.when_busy):
+                return self._skip(record)
+            try:
+                plan, collected = self._collect(record, call)
+                self._desk.add(record)
+            except BaseException:
+                self._desk.free_slot(record)
+                raise
         self._schedule.saved(time.monotonic())
-        self._desk.add(record)
         record.timings |= {f"state_dict:{key}": seconds for key, seconds in collected.slow.items()}
         if call.timeout is not None:
             self._loop.post(self._saves.watch_timeout, record)
@@ -154,16 +153,36 @@ class Saving:
         record.stamp("blocked")
         return record
 
+    def _skip(self, record: SaveRecord) -> SaveRecord:
+        record.move(SaveEvent.SKIP)
+        self._tally.count("skipped")
+        record.span.complete(skipped=True)
+        record.staged.set_result(None)
+        record.outcome.set_result(None)
+        return record
+
+    def _collect(self, record: SaveRecord, call: Call) -> tuple[LocalPlan, Collected]:
+        """Read the state by name, and lay out the files."""
+        with record.phase("collect"):
+            record.overwrite = self._replaces(call.step, call.overwrite)  # the save before may have committed it
+            plan, collected = self.plan(call.state)
+            record.values = encode_values(collected.values)
+        record.staged_nbytes = plan.data_nbytes
+        record.arena_nbytes = plan.arena_nbytes
+        return plan, collected
+
     def _stage(self, record: SaveRecord, plan: LocalPlan, collected: Collected) -> None:
         record.copying = True  # whatever ends the save meanwhile: the slot is not free before this thread is through
         try:
-            arena = self._arena_for(plan)
+            arena = self._arena_for(plan, record)
             if record.outcome.done():  # its time was up
                 self._loop.post(self._saves.staging_done, record, None)
                 return
             self._begin(record, plan)
             fresh = self._texts_in != (plan, arena)
             self._texts_in = None
+            began = record.elapsed()
+            record.stage_span = record.span.begin("stage", nbytes=record.staged_nbytes)
             record.staging = self._stager.stage(
                 plan,
                 collected,
@@ -171,10 +190,11 @@ class Saving:
                 write_texts=fresh,
                 step=record.step,
                 on_progress=lambda file, upto: self._progress(record, file, upto),
-                on_done=lambda error: self._done(record, error),
+                on_done=lambda error: self._done(record, began, error),
             )
             self._texts_in = (plan, arena)
         except CheckpointError as exc:
+            record.stage_span.fail(exc)
             self._loop.post(self._saves.staging_done, record, exc)
             if isinstance(exc, (ConfigError, UsageError)):
                 record.heard = True
@@ -184,6 +204,7 @@ class Saving:
                 f"the save of step {record.step} was given up", why=f"{exc!r} interrupted save()", step=record.step
             )
             record.heard = True
+            record.stage_span.fail(exc)
             self._loop.post(self._saves.staging_done, record, stopped)
             raise
 
@@ -210,10 +231,16 @@ class Saving:
         record.note_staged(file, upto)
         self._loop.post(self._saves.staged, record, file, upto)
 
-    def _done(self, record: SaveRecord, error: BaseException | None) -> None:
+    def _done(self, record: SaveRecord, began: float, error: BaseException | None) -> None:
         self._faults.at(FaultPoint.TRAINER_COPIED)
         if error is None:
             record.stamp("staged")
+            seconds = record.timings["staged"] - began
+            record.spend("stage", seconds)
+            self._tally.staged(record.staged_nbytes, seconds)
+            record.stage_span.complete()
+        else:
+            record.stage_span.fail(error)
         # Told to the loop first: whoever sees it staged, and closes at once, comes behind the end of staging there.
         self._loop.post(self._saves.staging_done, record, error)
         if error is None:
@@ -262,17 +289,19 @@ class Saving:
                 step=record.step,
                 busy_step=busy_step,
             )
-        if not self._desk.wait_slot(
-            record,
-            patience=PATIENCE_SECONDS,
-            timeout=record.timeout,
-            on_slow=lambda: _log.warning(
-                "save(%d) holds its thread: the save of step %s is still being written\n"
-                'next: save less often, await ckpt.wait_ready() before, or use when_busy="skip"',
-                record.step,
-                busy_step,
-            ),
-        ):
+        with record.phase("wait"):
+            is_mine = self._desk.wait_slot(
+                record,
+                patience=PATIENCE_SECONDS,
+                timeout=record.timeout,
+                on_slow=lambda: _log.warning(
+                    "save(%d) holds its thread: the save of step %s is still being written\n"
+                    'next: save less often, await ckpt.wait_ready() before, or use when_busy="skip"',
+                    record.step,
+                    busy_step,
+                ),
+            )
+        if not is_mine:
             raise SaveBusyError(
                 f"step {record.step} was not saved: no slot became free within {record.timeout:g} s",
                 why=f"the save of step {busy_step} is not finished",
@@ -282,22 +311,23 @@ class Saving:
             )
         return True
 
-    def _arena_for(self, plan: LocalPlan) -> ArenaView:
+    def _arena_for(self, plan: LocalPlan, record: SaveRecord) -> ArenaView:
         view = self._arena.view
         if view is not None and view.nbytes >= plan.arena_nbytes:
             return view
-        asked: Future[ArenaView] = self._loop.submit(self._arena.ensure, plan.arena_nbytes)
-        try:
-            return asked.result(PATIENCE_SECONDS)
-        except TimeoutError:
-            if asked.done():
-                raise
-            _log.warning(
-                "save() holds its thread: %.1f GB of shared memory are being made\n"
-                "next: call prepare(state) before training, and no save waits for it",
-                plan.arena_nbytes / 1e9,
-            )
-            return asked.result()
+        with record.phase("reserve", nbytes=plan.arena_nbytes):
+            asked: Future[ArenaView] = self._loop.submit(self._arena.ensure, plan.arena_nbytes)
+            try:
+                return asked.result(PATIENCE_SECONDS)
+            except TimeoutError:
+                if asked.done():
+                    raise
+                _log.warning(
+                    "save() holds its thread: %.1f GB of shared memory are being made\n"
+                    "next: call prepare(state) before training, and no save waits for it",
+                    plan.arena_nbytes / 1e9,
+                )
+                return asked.result()
 
 
 def _check_arguments(step: object, timeout: object, when_busy: object) -> None:

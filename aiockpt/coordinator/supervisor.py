@@ -13,6 +13,7 @@ from aiockpt import __version__
 from aiockpt.config import Options
 from aiockpt.coordinator.process import WorkerProcess, describe_exit
 from aiockpt.coordinator.restarts import RestartBudget
+from aiockpt.coordinator.spans import NO_SPAN, OpenSpan, Spans
 from aiockpt.errors import (
     CheckpointError,
     ConfigError,
@@ -72,9 +73,11 @@ class Tenant(Protocol):
 class Supervisor:
     """Runs generation after generation of the worker until told to close, or until the policy is used up."""
 
-    def __init__(self, options: Options, tenant: Tenant) -> None:
+    def __init__(self, options: Options, tenant: Tenant, spans: Spans) -> None:
         self._options = options
         self._tenant = tenant
+        self._spans = spans
+        self._starting = NO_SPAN
         self._budget = RestartBudget(options.restart)
         self._worker: WorkerProcess | None = None
         self._current: Link | None = None
@@ -85,6 +88,8 @@ class Supervisor:
         self._is_running = False
         self._was_up = False
         self._ended = anyio.Event()
+        self.private_nbytes: int | None = None
+        """The worker's own memory, looked at once a second."""
         self.faults: tuple[str, str] | None = None
         """For tests: (``module:function``, text) that makes the worker's fault layer."""
 
@@ -98,12 +103,20 @@ class Supervisor:
         """How many workers were started again."""
         return self._budget.total
 
-    async def run(self) -> None:
-        """Supervise; returns after ``close``, or when supervision is over."""
+    async def run(self, opening: OpenSpan) -> None:
+        """Supervise; returns after ``close``, or when supervision is over.
+
+        Args:
+            opening: What the first start is a part of, for the observer.
+        """
         self._is_running = True
+        self._starting = opening.begin("worker_start", restart=0)
         try:
             while True:
-                error = await self._run_generation()
+                with self._starting:  # completed when the worker is ready
+                    error = await self._run_generation()
+                    if error is not None:
+                        self._starting.fail(error)
                 if error is None or self._closing:
                     return
                 if not self._was_up:
@@ -122,6 +135,7 @@ class Supervisor:
                 await anyio.sleep(delay)
                 if self._closing:
                     return
+                self._starting = self._spans.begin("worker_start", restart=self.restarts, reason=error.what)
         finally:
             self._ended.set()
 
@@ -180,7 +194,7 @@ class Supervisor:
                     worker.kill()
                     is_gone = await worker.reap(REAP_SECONDS)
                 await link.aclose()
-            self._worker = self._current = None
+            self._worker = self._current = self.private_nbytes = None
             worker.close()
         if generation.said_closed and self._closing:
             return None
@@ -270,6 +284,8 @@ class _Generation:
             case Ready(error=None):
                 self._is_ready = self._owner._was_up = True
                 self._owner._link = self._link
+                self._owner._starting.complete(pid=self._worker.pid)
+                self._owner.private_nbytes = self._worker.private_nbytes()
                 if self._owner._closing:
                     self._link.send(Close())
                 self._tenant.worker_up(self._link)
@@ -308,6 +324,7 @@ class _Generation:
             silent = 0.0 if heard != self._heard else silent + period
             stuck = 0.0 if moved != self._moved or not self._busy else stuck + period
             heard, moved = self._heard, self._moved
+            self._owner.private_nbytes = self._worker.private_nbytes()
             if not self._is_ready and _over(waited, self._options.start_timeout):
                 self._decide(WorkerStartError("", why=f"it was not ready within {self._options.start_timeout:g} s"))
             elif self._is_ready and _over(silent, self._options.stall_timeout):

@@ -6,6 +6,7 @@ The thread that steps an optimizer and the thread that copies meet here, under o
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-__all__ = ["Lazy", "Owner", "PendingCopies"]
+__all__ = ["Lazy", "Owner", "PendingCopies", "uncounted"]
 
 
 class Lazy:
@@ -113,6 +114,10 @@ def _nobody(error: Exception | None) -> None:
     pass
 
 
+def uncounted(seconds: float) -> None:
+    """Take a waiting time that nobody asks for."""
+
+
 class PendingCopies:
     """What one save still has to copy.
 
@@ -120,6 +125,7 @@ class PendingCopies:
         owners: All optimizers that are certain to call ``enter`` before they write, also those without lazy tensors.
         stall_timeout: Seconds that ``enter`` waits without any copy made; None is no limit.
         on_failure: Called when the save must fail: with None when that time is over, else with what went wrong.
+        on_wait: Called with the seconds that an ``enter`` had to wait.
 
     Thread-safety: any thread may call anything; ``enter`` is for threads that are about to write.
     """
@@ -130,9 +136,11 @@ class PendingCopies:
         *,
         stall_timeout: float | None,
         on_failure: Callable[[Exception | None], None],
+        on_wait: Callable[[float], None] = uncounted,
     ) -> None:
         self._stall_timeout = stall_timeout
         self._on_failure = on_failure
+        self._on_wait = on_wait
         self._changed = threading.Condition()
         self._owners = {owner.identity: owner for owner in owners}
         self._all = Owner(None)
@@ -177,7 +185,10 @@ class PendingCopies:
             if not capturing:
                 for device, event in owner.events.items():
                     torch.cuda.current_stream(device).wait_event(event)
-            self._wait(owner, for_device=capturing)
+            if not self.stopped and (owner.on_host or (capturing and owner.on_device)):
+                began = time.perf_counter()
+                self._wait(owner, for_device=capturing)
+                self._on_wait(time.perf_counter() - began)
         except Exception as exc:  # noqa: BLE001  # training goes on; the save must not, nobody waited for it
             self._on_failure(exc)
 
