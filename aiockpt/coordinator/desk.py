@@ -91,8 +91,14 @@ class Desk:
     # ---- saves in flight
 
     def add(self, save: SaveRecord) -> None:
-        """A save begins."""
+        """A save begins.
+
+        Raises:
+            CheckpointError: The desk was closed since the save took the slot: nobody would bring it to its end.
+        """
         with self._changed:
+            if self._closed is not None:
+                raise self._closed()
             self._open[save.save_id] = save
 
     def find(self, save_id: str) -> SaveRecord | None:

@@ -80,6 +80,17 @@ def test_closing_refuses_takers_and_wakes_waiters() -> None:
     assert desk.when_free().done()
 
 
+def test_closing_between_slot_and_save() -> None:
+    """A save that took the slot before the desk was closed is not added behind it: nobody would end it."""
+    desk, save = Desk(), record()
+    assert desk.take_slot(save)
+    desk.close(lambda: UsageError("closed"))
+    with pytest.raises(UsageError, match="closed"):
+        desk.add(save)
+    assert desk.in_flight() == []
+    assert desk.when_idle().done()
+
+
 def test_when_free_and_when_idle_resolve_at_the_event() -> None:
     """The futures are done at once where there is nothing to wait for, else exactly at the event."""
     desk, save = Desk(), record()
