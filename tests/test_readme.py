@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ import pytest
 import torch
 
 import aiockpt
-from tests.support import ROOT, Training
+from tests.markdown import blocks
+from tests.support import Training
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BLOCKS = blocks("README.md", "python")
 
 
 def names_of_the_reader(training: Training) -> dict[str, Any]:
@@ -34,8 +33,7 @@ def names_of_the_reader(training: Training) -> dict[str, Any]:
 def test_the_async_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first block defines a main() that trains, saves the last step, and resumes."""
     monkeypatch.chdir(tmp_path)
-    names = names_of_the_reader(Training())
-    exec(BLOCKS[0], names)  # the code of our own README
+    names = BLOCKS[0].run(**names_of_the_reader(Training()))
     asyncio.run(names["main"]())
     asyncio.run(names["main"]())
     assert aiockpt.blocking.steps("runs/exp1") == [4]
@@ -45,13 +43,13 @@ def test_the_async_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_blocking_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second block is a classic loop."""
     monkeypatch.chdir(tmp_path)
-    exec(BLOCKS[1], names_of_the_reader(Training()))  # the code of our own README
+    BLOCKS[1].run(**names_of_the_reader(Training()))
     assert aiockpt.blocking.steps("runs/exp1") == []
 
 
 def test_the_commands() -> None:
     """Both install torch by the exact pin before anything that depends on it."""
-    commands = re.findall(r"```sh\n(.*?)\n```", README, re.DOTALL)
+    commands = [block.code.rstrip() for block in blocks("README.md", "sh")]
     assert len(commands) == 2
     for command in commands:
         assert "\n" not in command
