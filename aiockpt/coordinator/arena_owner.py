@@ -48,8 +48,8 @@ class ArenaOwner:
         view = self.view
         return view is not None and view.cuda_registered
 
-    async def ensure(self, nbytes: int) -> ArenaView:
-        """Return an arena of at least ``nbytes``, faulted in and, with CUDA, pinned.
+    async def ensure(self, nbytes: int, cuda_device: torch.device | None) -> ArenaView:
+        """Return an arena of at least ``nbytes``, faulted in and, where ``cuda_device`` is to copy into it, pinned.
 
         Raises:
             StorageError: ENOMEM with figures; training lives.
@@ -67,17 +67,17 @@ class ArenaOwner:
         fd = self._answer.result()
         view = ArenaView(fd, nbytes)
         try:
-            await anyio.to_thread.run_sync(self._fault_in, view, limiter=self._limiter)
+            await anyio.to_thread.run_sync(self._fault_in, view, cuda_device, limiter=self._limiter)
         except BaseException:
             view.close()
             raise
         self.view = view
         return view
 
-    def _fault_in(self, view: ArenaView) -> None:
+    def _fault_in(self, view: ArenaView, cuda_device: torch.device | None) -> None:
         view.populate(lambda: self._stopping)
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # else the state has nothing on a GPU, and pinning would make a context
-            view.register_cuda()
+        if cuda_device is not None:
+            view.register_cuda(cuda_device)
 
     async def _wait_link(self) -> Link:
         while self._link is None:

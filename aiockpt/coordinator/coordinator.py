@@ -36,6 +36,7 @@ from aiockpt.coordinator.tally import Tally
 from aiockpt.errors import CheckpointError, ConfigError, UsageError
 from aiockpt.planning.local import LocalPlan
 from aiockpt.protocol.messages import Message, Reserved, Setup
+from aiockpt.staging.guard import refuse_capture
 from aiockpt.staging.stager import Stager
 from aiockpt.state.collect import Collected
 from aiockpt.storage.claim import RunClaim
@@ -208,6 +209,7 @@ class Coordinator:
     def prepare(self, state: Mapping[str, Any]) -> Future[None]:
         """Make the arena for ``state``; reads the state in the calling thread, the rest goes on behind it."""
         loop = self.check_open()
+        refuse_capture("prepare()")
         span = self.spans.begin("prepare")
         with span.unless_it_fails():
             plan, collected = self._opened.saving.plan(state)
@@ -219,7 +221,7 @@ class Coordinator:
             while not self._desk.take_slot(me):
                 await wait_for(self._desk.when_free())
             try:
-                arena = await self._arena.ensure(plan.arena_nbytes)
+                arena = await self._arena.ensure(plan.arena_nbytes, collected.cuda_device())
                 await anyio.to_thread.run_sync(self._stager.prepare, plan, collected, arena)
             finally:
                 self._desk.free_slot(me)

@@ -31,6 +31,7 @@ from aiockpt.planning.local import LocalPlan, PlanCache
 from aiockpt.protocol.lifecycle import SaveEvent
 from aiockpt.protocol.messages import BeginSave
 from aiockpt.staging.arena import ArenaView
+from aiockpt.staging.guard import refuse_capture
 from aiockpt.staging.stager import Stager
 from aiockpt.state.collect import Collected, collect
 from aiockpt.state.values import encode_metadata, encode_values
@@ -130,6 +131,7 @@ class Saving:
     def _save(self, call: Call) -> SaveRecord:
         step = call.step
         _check_arguments(step, call.timeout, call.when_busy)
+        refuse_capture("save()")
         self._raise_unheard(step)
         self._replaces(step, call.overwrite)
         metadata = encode_metadata(call.metadata)
@@ -174,7 +176,7 @@ class Saving:
     def _stage(self, record: SaveRecord, plan: LocalPlan, collected: Collected) -> None:
         record.copying = True  # whatever ends the save meanwhile: the slot is not free before this thread is through
         try:
-            arena = self._arena_for(plan, record)
+            arena = self._arena_for(plan, collected, record)
             if record.outcome.done():  # its time was up
                 self._loop.post(self._saves.staging_done, record, None)
                 return
@@ -311,12 +313,12 @@ class Saving:
             )
         return True
 
-    def _arena_for(self, plan: LocalPlan, record: SaveRecord) -> ArenaView:
+    def _arena_for(self, plan: LocalPlan, collected: Collected, record: SaveRecord) -> ArenaView:
         view = self._arena.view
         if view is not None and view.nbytes >= plan.arena_nbytes:
             return view
         with record.phase("reserve", nbytes=plan.arena_nbytes):
-            asked: Future[ArenaView] = self._loop.submit(self._arena.ensure, plan.arena_nbytes)
+            asked: Future[ArenaView] = self._loop.submit(self._arena.ensure, plan.arena_nbytes, collected.cuda_device())
             try:
                 return asked.result(PATIENCE_SECONDS)
             except TimeoutError:

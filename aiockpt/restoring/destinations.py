@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from aiockpt.state.checks import PLAIN_TYPES
+from aiockpt.state.pinned import pin, unpin
 
 __all__ = ["Bounce", "Destination", "destination_for", "unfit_memory"]
 
@@ -26,12 +27,13 @@ class Bounce:
     Args:
         address: Of the buffer; it stays alive longer than this object.
         nbytes: Of the buffer.
-        cuda: Whether it feeds CUDA tensors: it is pinned for as long as this object is not closed.
+        device: One of the CUDA devices that it feeds, None where there is none: it is pinned until this is closed.
     """
 
-    def __init__(self, address: int, nbytes: int, *, cuda: bool) -> None:
+    def __init__(self, address: int, nbytes: int, *, device: torch.device | None) -> None:
         self.address = address
-        self._pinned = cuda and _pin(address, nbytes)
+        # Where CUDA refuses, copies are slower, and as right.
+        self._pinned_by = device if device is not None and pin(address, nbytes, device) is None else None
         self._bytes = torch.frombuffer((ctypes.c_ubyte * nbytes).from_address(address), dtype=torch.uint8)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -51,9 +53,9 @@ class Bounce:
     def close(self) -> None:
         """Give the pages free; the buffer itself belongs to the caller."""
         self.wait()
-        if self._pinned:
-            self._pinned = False
-            torch.cuda.cudart().cudaHostUnregister(self.address)  # type: ignore[no-untyped-call]
+        if self._pinned_by is not None:
+            unpin(self.address, self._pinned_by)
+            self._pinned_by = None
 
 
 class Destination(Protocol):
@@ -160,8 +162,3 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 def _writing(tensor: torch.Tensor) -> torch.inference_mode | torch.no_grad:
     """Inference tensors may be written in inference mode alone; all others are written without a gradient."""
     return torch.inference_mode() if tensor.is_inference() else torch.no_grad()
-
-
-def _pin(address: int, nbytes: int) -> bool:
-    error = torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)  # type: ignore[no-untyped-call]
-    return int(error) == 0  # refused: copies are slower, and as right

@@ -84,7 +84,8 @@ class Reading:
                         wanted[file] = []
                     wanted[file].append((*view.span(entry, header), tensor, is_live))
         self._blocks = [block for file in sorted(wanted) for block in self._cut(file, wanted[file])]
-        self._cuda = any(tensor.is_cuda for reads in wanted.values() for _, _, tensor, _ in reads)
+        tensors = (tensor for reads in wanted.values() for _, _, tensor, _ in reads)
+        self._device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
 
     def run(self, *, threads: int = READ_THREADS, should_stop: Callable[[], bool] = never) -> None:
         """Read, verify and copy everything.
@@ -106,7 +107,7 @@ class Reading:
         try:
             with ThreadPoolExecutor(count, thread_name_prefix="aiockpt-restore") as pool:
                 try:
-                    for future in [pool.submit(crew.work, cuda=self._cuda) for _ in range(count)]:
+                    for future in [pool.submit(crew.work, device=self._device) for _ in range(count)]:
                         future.result()
                 finally:
                     crew.stopped = True  # an interrupt of this thread must not wait for all blocks
@@ -160,7 +161,7 @@ class _Crew:
         self._should_stop = should_stop
         self._lock = threading.Lock()
 
-    def work(self, *, cuda: bool) -> None:
+    def work(self, *, device: torch.device | None) -> None:
         """Take blocks until there are none."""
         buffer = AlignedBuffer(0)
         bounce: Bounce | None = None
@@ -172,7 +173,7 @@ class _Crew:
                     old = buffer
                     buffer = self._reading.read_block(block, buffer)
                     if bounce is None or buffer is not old:
-                        bounce = _renewed(bounce, buffer, cuda=cuda)
+                        bounce = _renewed(bounce, buffer, device)
                     self.live_changed = self.live_changed or block.is_live
                     for destination, offset, start, count in block.pieces:
                         destination.write(offset, bounce, start, count)
@@ -193,8 +194,8 @@ class _Crew:
             return next(self._blocks, None)
 
 
-def _renewed(bounce: Bounce | None, buffer: AlignedBuffer, *, cuda: bool) -> Bounce:
+def _renewed(bounce: Bounce | None, buffer: AlignedBuffer, device: torch.device | None) -> Bounce:
     if bounce is not None:
         bounce.close()
     address = ctypes.addressof(ctypes.c_char.from_buffer(buffer.view))
-    return Bounce(address, buffer.nbytes, cuda=cuda)
+    return Bounce(address, buffer.nbytes, device=device)

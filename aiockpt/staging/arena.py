@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,15 +17,17 @@ from contextlib import contextmanager
 import torch
 
 from aiockpt.errors import StorageError, UsageError
+from aiockpt.state.pinned import pin, unpin
 
 __all__ = ["ArenaView"]
+
+_log = logging.getLogger("aiockpt.staging")
 
 _PROT_READ, _PROT_WRITE, _MAP_SHARED = 1, 2, 1
 _MADV_DONTFORK, _MADV_POPULATE_WRITE = 10, 23
 _PAGE_NBYTES = 4096
 _POPULATE_NBYTES = 64 << 20
 """Bytes populated by one call: about 20 ms, so that ``stop`` is asked often enough."""
-_CUDA_HOST_REGISTER_PORTABLE = 1  # pinned for every device, not only the current one
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _mmap = _libc.mmap
@@ -54,7 +57,8 @@ class ArenaView:
     def __init__(self, fd: int, nbytes: int) -> None:
         self.fd = fd
         self.nbytes = nbytes
-        self.cuda_registered = False
+        self._cuda_device: torch.device | None = None
+        self._cuda_refused = False
         self._lock = threading.Lock()
         self._holders = 0
         self._closed = False
@@ -104,24 +108,35 @@ class ArenaView:
             self._bytes[start : start + nbytes : _PAGE_NBYTES].bitwise_or_(0)
             return
 
-    def register_cuda(self) -> None:
-        """Pin the memory for CUDA's copy engines; does nothing the second time.
+    @property
+    def cuda_registered(self) -> bool:
+        """Whether CUDA's copy engines write into it directly."""
+        return self._cuda_device is not None
 
-        Raises:
-            StorageError: CUDA could not pin it (locked memory limit).
+    def register_cuda(self, device: torch.device) -> None:
+        """Pin the memory for the copy engines of every CUDA device; asks only once.
+
+        Where CUDA refuses, a warning says so: its driver then copies through a buffer of its own, and every copy holds
+        the thread that asks for it.
+
+        Args:
+            device: One that is in use.
         """
-        if self.cuda_registered:
+        if self._cuda_device is not None or self._cuda_refused:
             return
-        cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch has no annotation here
-        code = cudart.cudaHostRegister(self.address, self.nbytes, _CUDA_HOST_REGISTER_PORTABLE)
-        if int(code) != 0:
-            raise StorageError(
-                f"the arena of {self.nbytes:,} bytes was not pinned for CUDA",
-                why=f"cudaHostRegister says {code}",
-                next='raise the limit of locked memory ("ulimit -l"), or set capacity= lower',
-                errno=errno.ENOMEM,
-            )
-        self.cuda_registered = True
+        why = pin(self.address, self.nbytes, device)
+        if why is None:
+            self._cuda_device = device
+            return
+        self._cuda_refused = True
+        _log.warning(
+            "%s bytes of shared memory were not pinned: save() waits for copies from %s, and they are slower\n"
+            "why: cudaHostRegister says %s\n"
+            "next: look at the limits of locked memory (ulimit -l, the container, the driver's lines in dmesg)",
+            f"{self.nbytes:,}",
+            device,
+            why,
+        )
 
     def write(self, offset: int, data: bytes) -> None:
         """Put ``data`` at byte ``offset``."""
@@ -193,8 +208,9 @@ class ArenaView:
             self._unmap()
 
     def _unmap(self) -> None:
-        if self.cuda_registered:
-            torch.cuda.cudart().cudaHostUnregister(self.address)  # type: ignore[no-untyped-call]  # torch has no annotation here
+        if self._cuda_device is not None and not unpin(self.address, self._cuda_device):
+            _log.warning("%s bytes of shared memory stay mapped: CUDA did not let go of them", f"{self.nbytes:,}")
+            return
         _munmap(self.address, self.nbytes)
 
     def forget_in_child(self) -> None:

@@ -7,7 +7,7 @@ touches all of it in practice. All of them are read by one ``as_strided`` per te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,9 +59,14 @@ class Canaries:
     def __init__(self, groups: list[tuple[list[int], torch.Tensor]]) -> None:
         self._groups = groups
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Canaries:
-        """Return the same canaries with their values elsewhere."""
-        return Canaries([(indices, function(values)) for indices, values in self._groups])
+    @property
+    def values(self) -> list[torch.Tensor]:
+        """What they were, a tensor for each dtype."""
+        return [values for _, values in self._groups]
+
+    def kept_in(self, values: Sequence[torch.Tensor]) -> Canaries:
+        """Return the same canaries with their ``values`` elsewhere."""
+        return Canaries([(indices, kept) for (indices, _), kept in zip(self._groups, values, strict=True)])
 
     def differing(self, staged: Sequence[torch.Tensor]) -> list[int]:
         """Compare with the staged copies.

@@ -16,9 +16,10 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from aiockpt.errors import ConfigError
 from aiockpt.staging.pending import PendingCopies
 
-__all__ = ["begin", "end", "fired_since", "forget_in_child", "install", "is_capturing"]
+__all__ = ["begin", "end", "fired_since", "forget_in_child", "install", "is_capturing", "refuse_capture"]
 
 _log = logging.getLogger("aiockpt.staging")
 
@@ -115,6 +116,20 @@ def is_capturing() -> bool:
     # Builds without CUDA have is_current_stream_capturing, and raise from it.
     initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch has no annotation here
     return initialized and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(what: str) -> None:
+    """Refuse a call while the current CUDA stream of this thread records a graph.
+
+    Raises:
+        ConfigError: It does.
+    """
+    if is_capturing():
+        raise ConfigError(
+            f"{what} was called while a CUDA graph is captured",
+            why="the copies would become part of the graph, and the state's generators cannot be read",
+            next=f"call {what} before the capture begins or after it ended",
+        )
 
 
 def fired_since(turn: int) -> list[Optimizer]:

@@ -251,3 +251,29 @@ def test_a_state_that_does_not_fit(two_steps: Path) -> None:
     assert error.mismatched is not None
     assert any("model.w" in entry for entry in error.mismatched)
     assert target["model"]["w"].eq(7).all()
+
+
+# ---- CUDA
+
+
+def test_calls_while_a_graph_is_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before the state is read: torch does not give the state of a generator meanwhile."""
+
+    class Unreadable:
+        def state_dict(self) -> dict[str, Any]:
+            raise AssertionError("the state was read")
+
+        load_state_dict = state_dict
+
+    with blocking.Checkpointer(tmp_path / "run") as checkpointer:
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        for call in (
+            lambda: checkpointer.save(1, {"o": Unreadable()}),
+            lambda: checkpointer.prepare({"o": Unreadable()}),
+        ):
+            with pytest.raises(aiockpt.errors.ConfigError, match="captured") as caught:
+                call()
+            assert_helpful(caught.value, aiockpt.errors.ConfigError)
+        monkeypatch.undo()
+        checkpointer.save(1, STATE).result()

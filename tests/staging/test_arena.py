@@ -226,3 +226,44 @@ def test_a_forked_child_has_nothing_of_it() -> None:
         """
     )
     assert done.stdout == "fine\n", done.stderr
+
+
+def is_mapped(address: int) -> bool:
+    with open("/proc/self/maps", encoding="ascii") as maps:
+        return any(line.startswith(f"{address:x}-") for line in maps)
+
+
+def test_memory_that_cuda_does_not_pin(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """One warning says what that costs, and the arena serves as it is."""
+    monkeypatch.setattr(arena_module, "pin", lambda address, nbytes, device: "out of memory (CUDA error 2)")
+    arena = make_arena(8192)
+    for _ in range(2):
+        arena.register_cuda(torch.device("cuda", 1))
+    assert not arena.cuda_registered
+    (record,) = caplog.records
+    assert "8,192 bytes" in record.getMessage()
+    assert "cuda:1" in record.getMessage()
+    assert "out of memory" in record.getMessage()
+    arena.write(0, b"abc")
+    arena.close()
+
+
+@pytest.mark.parametrize("lets_go", [True, False])
+def test_memory_is_unmapped_only_when_cuda_has_forgotten_it(lets_go: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies to a later mapping of the same address would go to the old pages."""
+    pinned: list[int] = []
+    monkeypatch.setattr(arena_module, "pin", lambda address, nbytes, device: pinned.append(address))
+
+    def unpin(address: int, device: torch.device) -> bool:
+        assert is_mapped(address)
+        return lets_go
+
+    monkeypatch.setattr(arena_module, "unpin", unpin)
+    arena = make_arena(12 * 4096)
+    arena.register_cuda(torch.device("cuda", 0))
+    assert arena.cuda_registered
+    assert pinned == [arena.address]
+    arena.close()
+    assert is_mapped(arena.address) is not lets_go
+    if not lets_go:
+        arena_module._munmap(arena.address, arena.nbytes)
