@@ -27,7 +27,7 @@ async def tell(save: aiockpt.Save) -> None:
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
-    x = torch.randn(256, 1024)
+    x = torch.randn(256, 512)
     loss = (model(x) - x.square()).square().mean()
     optimizer.zero_grad()
     loss.backward()
@@ -37,7 +37,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
 
 async def main(run: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(1024, 4096), nn.GELU(), nn.Linear(4096, 1024))
+    model = nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     state = {"model": model, "optimizer": optimizer, "rng": aiockpt.RNG()}
 
@@ -49,6 +49,7 @@ async def main(run: str) -> None:
         for step in range(first, first + STEPS_PER_RUN):
             loss = await asyncio.to_thread(train_step, model, optimizer)
             if (step + 1) % 10 == 0:
+                await ckpt.wait_ready()  # save() would hold the loop while the save before is being written
                 print(f"step {step}: loss {loss:.4f}, saving")
                 tasks.create_task(tell(ckpt.save(step, state)))
 

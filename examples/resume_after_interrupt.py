@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import aiockpt
-import aiockpt.blocking
 
 STEPS = 20
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-import aiockpt.blocking
+import aiockpt
+from tests.support import ROOT
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 STRICT = [sys.executable, "-W", "error"]
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(200)]
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.process, pytest.mark.timeout(200)]
 
 def example(name: str, *arguments: str | Path) -> str:
     done = subprocess.run(
-        [*STRICT, REPOSITORY / "examples" / name, *arguments],
+        [*STRICT, ROOT / "examples" / name, *arguments],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -52,7 +52,7 @@ def test_classic_loop_saves_before_a_planned_stop(tmp_path: Path) -> None:
     """After a SIGTERM the script ends with a checkpoint of its very last step."""
     run = tmp_path / "run"
     endless = f"import classic_loop; classic_loop.STEPS = 10**9; classic_loop.main({str(run)!r})"
-    environment = {**ENVIRONMENT, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'examples'}", "PYTHONUNBUFFERED": "1"}
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([*STRICT, "-c", endless], env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
