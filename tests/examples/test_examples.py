@@ -13,7 +13,7 @@ import pytest
 import aiockpt
 from tests.support import ROOT
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 STRICT = [sys.executable, "-W", "error"]
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(200)]
