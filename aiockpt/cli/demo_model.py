@@ -45,29 +45,27 @@ class _Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Predicts the next byte.
+    """Predicts the next token, in the demo the next byte.
 
     Args:
         width: Of the residual stream.
         layers: Number of blocks.
+        vocabulary: Number of tokens, for one that reads something else than bytes.
     """
 
-    def __init__(self, width: int, layers: int) -> None:
+    def __init__(self, width: int, layers: int, *, vocabulary: int = VOCABULARY) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(VOCABULARY, width)
+        self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(CONTEXT, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, VOCABULARY, bias=False)
-        self.head.weight = self.tokens.weight  # tied, as in GPT-2
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the logits, ``(batch, time, VOCABULARY)``, of ``tokens``, ``(batch, time)``."""
+        """Return the logits, ``(batch, time, vocabulary)``, of ``tokens``, ``(batch, time)``."""
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
-        logits: torch.Tensor = self.head(self.norm(x))
-        return logits
+        return functional.linear(self.norm(x), self.tokens.weight)  # tied to the embedding, as in GPT-2
 
 
 class Windows:
