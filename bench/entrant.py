@@ -1,25 +1,107 @@
-"""What a system must do to be measured, with the list of those that are."""
+"""What a system must do to be measured: as a Saver, as a Restorer."""
 
 from __future__ import annotations
 
-import importlib
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Protocol
 
 from bench.state import BenchState
 
-__all__ = ["OURS", "RESTORES", "SAVES", "Entrant", "Key", "SaveTimes", "load_entrant", "tree_nbytes"]
+__all__ = ["DONE", "Pending", "Restorer", "SaveTimes", "Saver", "remove", "stopwatch", "timed_save", "tree_nbytes"]
 
 
-class Key(NamedTuple):
-    """Names one row: a system in one of its cases."""
+class Pending(Protocol):
+    """A save under way. Waiting may happen on another thread than the one that began it."""
 
-    system: str
-    case: str
+    def wait_staged(self) -> None:
+        """Return when the state may be changed without touching the snapshot."""
+
+    def wait(self) -> None:
+        """Return when the system says that the save is complete."""
+
+
+class _Done:
+    def wait_staged(self) -> None:
+        """Return at once."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+DONE: Pending = _Done()
+"""What a system answers that saves before its call returns."""
+
+
+class Saver(ABC):
+    """One system in one case, in a process of its own: ``open``, then saves one after another, then ``close``.
+
+    Around each save come ``make_ready`` before it, ``discard`` and ``settle`` after it, none of them timed.
+    """
+
+    FSYNCS: ClassVar[bool] = True
+    """False where the system ends a save without an fsync; durable then means until ``os.sync()`` returned."""
+    OPTIMIZERS_WAIT: ClassVar[bool] = False
+    """True where ``optimizer.step()`` waits by itself; elsewhere the training loop calls ``wait_staged``."""
+
+    def __init__(self, state: BenchState, directory: Path) -> None:
+        self.state = state
+        self.directory = directory
+
+    def open(self) -> None:  # noqa: B027  # most systems have nothing to open
+        """Do what a training program does once, before its first save."""
+
+    def make_ready(self, step: int) -> None:  # noqa: B027  # most systems are
+        """Do what is no part of the save of a step and comes before it."""
+
+    @abstractmethod
+    def begin(self, step: int) -> Pending:
+        """Save the state; returns when training may go on."""
+
+    def path(self, step: int) -> Path:
+        """Return where the checkpoint of a step goes."""
+        return self.directory / f"step-{step}"
+
+    def discard(self, step: int) -> None:
+        """Remove the checkpoint of a step, as far as the system does not do so itself."""
+        remove(self.path(step))
+
+    def settle(self) -> None:  # noqa: B027  # most systems leave nothing going on
+        """Wait for what goes on behind a save that is complete."""
+
+    def facts(self) -> dict[str, float]:
+        """Return what else the row of this system says."""
+        return {}
+
+    def close(self) -> None:  # noqa: B027  # most systems have nothing to close
+        """End what ``open`` began."""
+
+
+class Restorer(ABC):
+    """One system that reads its own checkpoint: ``write`` once, then ``restore`` again and again."""
+
+    WRITER: ClassVar[type[Saver]]
+    """Makes the checkpoint."""
+
+    def __init__(self, state: BenchState, directory: Path) -> None:
+        self.state = state
+        self.directory = directory
+
+    def write(self) -> Path:
+        """Write the checkpoint, end the job that wrote it, and return where it is."""
+        writer = self.WRITER(self.state, self.directory)
+        writer.open()
+        writer.begin(0).wait()
+        writer.close()
+        return writer.path(0)
+
+    @abstractmethod
+    def restore(self, path: Path) -> None:
+        """Read what ``write`` wrote."""
 
 
 @dataclass(frozen=True)
@@ -34,81 +116,17 @@ class SaveTimes:
     """The bytes would survive a loss of power, as far as the system promises that."""
 
 
-class Entrant(ABC):
-    """One system in one case, in a process of its own.
-
-    The calls come in this order: ``open``, then ``save`` and ``discard`` in turn; or ``open``, ``write``, then
-    ``restore`` again and again; at last ``close``.
-    """
-
-    FSYNCS: ClassVar[bool] = True
-    """False where the system ends a save without an fsync; durable then means until ``os.sync()`` returned."""
-
-    def __init__(self, state: BenchState, directory: Path) -> None:
-        self.state = state
-        self.directory = directory
-
-    def open(self) -> None:  # noqa: B027  # most systems have nothing to open
-        """Do what a training program does once, before its first save."""
-
-    @abstractmethod
-    def save(self, step: int) -> SaveTimes:
-        """Save the state and measure it."""
-
-    def path(self, step: int) -> Path:
-        """Return where the checkpoint of a step goes."""
-        return self.directory / f"step-{step}"
-
-    def discard(self, step: int) -> None:
-        """Remove the checkpoint of a step, as far as the system does not do so itself."""
-        remove(self.path(step))
-
-    def write(self) -> Path:
-        """Write the checkpoint that ``restore`` reads, and return where it is."""
-        self.save(0)
-        return self.path(0)
-
-    def restore(self) -> None:
-        """Read what ``write`` wrote."""
-        raise NotImplementedError(f"{type(self).__name__} is not measured restoring")
-
-    def facts(self) -> dict[str, float]:
-        """Return what else the row of this system says."""
-        return {}
-
-    def close(self) -> None:  # noqa: B027  # most systems have nothing to close
-        """End what ``open`` began."""
-
-
-OURS = Key("aiockpt", "guarded")
-"""Runs beside every other entrant, in turn with it."""
-
-SAVES: dict[Key, str] = {
-    OURS: "bench.ours:Guarded",
-    Key("aiockpt", "inline"): "bench.ours:Inline",
-    Key("aiockpt", "first save after prepare"): "bench.ours:FirstSave",
-    Key("torch.save", "fsync"): "bench.peers.torch_save:TorchSave",
-    Key("safetensors", "save_file, fsync"): "bench.peers.safetensors_file:SafetensorsFile",
-    Key("dcp.save", "default"): "bench.peers.dcp_sync:DcpSave",
-    Key("dcp.async_save thread", "default"): "bench.peers.dcp_thread:DcpThread",
-    Key("dcp.async_save thread", "kept stager"): "bench.peers.dcp_thread:DcpThreadKeptStager",
-    Key("dcp.async_save process", "shared-memory stager"): "bench.peers.dcp_process:DcpProcess",
-    Key("torch_checkpointing", "async, buffered"): "bench.peers.torch_checkpointing_manager:TorchCheckpointing",
-}
-
-RESTORES: dict[Key, str] = {
-    Key("aiockpt", "in place, verified"): "bench.ours:Guarded",
-    Key("torch.load", "fresh dict"): "bench.peers.torch_save:TorchSave",
-    Key("safetensors", "load_file, fresh dict"): "bench.peers.safetensors_file:SafetensorsFile",
-    Key("dcp.load", "in place"): "bench.peers.dcp_sync:DcpSave",
-}
-
-
-def load_entrant(place: str) -> type[Entrant]:
-    """Import the class that ``module:name`` says; ImportError is for the caller to report."""
-    module, _, name = place.partition(":")
-    found: type[Entrant] = getattr(importlib.import_module(module), name)
-    return found
+def timed_save(saver: Saver, step: int) -> SaveTimes:
+    """Save once and measure it."""
+    elapsed = stopwatch()
+    pending = saver.begin(step)
+    blocked = elapsed()
+    pending.wait_staged()
+    staged = elapsed()
+    pending.wait()
+    if not saver.FSYNCS:
+        os.sync()
+    return SaveTimes(blocked, staged, elapsed())
 
 
 def stopwatch() -> Callable[[], float]:

@@ -6,7 +6,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -50,7 +50,7 @@ class FloorProcess:
             samples: dict[int, list[float]] = {count: [] for count in counts}
             for _ in range(rounds):
                 for count in counts:
-                    samples[count].append(self._measure(floor, count))
+                    samples[count].append(self._measure(f"{floor} {count}"))
             best = max(counts, key=lambda count: statistics.median(samples[count]))
             self.threads[floor], kept[floor] = best, samples[best]
         return kept
@@ -58,10 +58,22 @@ class FloorProcess:
     def sample(self, floors: Sequence[str]) -> dict[str, float]:
         """Measure each of these floors once, in GB/s."""
         os.sync()
-        return {floor: self._measure(floor, self.threads[floor]) for floor in floors}
+        return {floor: self._measure(f"{floor} {self.threads[floor]}") for floor in floors}
 
-    def _measure(self, floor: str, threads: int) -> float:
+    def choose_reading(self, path: Path, before: Callable[[], None]) -> int:
+        """Find the best number of threads for reading the files below a path; ``before`` is called before each try."""
+        rates: dict[int, float] = {}
+        for count in THREADS["read"]:
+            before()
+            rates[count] = self.reading(path, count)
+        return max(rates, key=lambda count: rates[count])
+
+    def reading(self, path: Path, threads: int) -> float:
+        """Read the files below a path once; returns GB/s."""
+        return self._measure(f"read {threads} {path}")
+
+    def _measure(self, request: str) -> float:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(f"{floor} {threads}\n")
+        self._process.stdin.write(f"{request}\n")
         return float(self._process.stdout.readline())

@@ -1,7 +1,8 @@
 """Floors: what this machine can do at best, in a process that does nothing else.
 
 No torch, no checksums, no format: a copy into memory that is there already, direct writes with one fdatasync, direct
-reads. The process keeps its memory, and measures once for each line on its standard input (``write 4``).
+reads. The process keeps its memory, and measures once for each line on its standard input: ``write 4`` with a file of
+its own and four threads, ``read 4 PATH`` of all files below a path.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ __all__ = ["THREADS", "Bench", "main"]
 THREADS = {"memcpy": (1, 2), "write": (1, 2, 4, 8), "read": (1, 2, 4, 8)}
 """Each floor with the numbers of threads to try; the best one counts."""
 _BLOCK_NBYTES = 16 << 20
+_PAGE_NBYTES = 4096
 _SPAN_NBYTES = 64 << 20
 _libc = ctypes.CDLL(None, use_errno=True)  # its calls release the GIL
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -32,7 +34,7 @@ class Bench:
     """Memory and a file to measure with.
 
     Args:
-        nbytes: Of memory and file.
+        nbytes: Of memory and of the file that is written.
         directory: Where the file goes.
     """
 
@@ -44,12 +46,22 @@ class Bench:
         for start in range(0, self._nbytes, len(noise)):  # every page faulted in, with content of its own
             part = noise[: self._nbytes - start]
             self._memory[start : start + len(part)] = part
+        self._blocks = max(THREADS["read"])
+        self._bounce = mmap.mmap(-1, self._blocks * _BLOCK_NBYTES)
+        for block in range(self._blocks):
+            self._bounce[block * _BLOCK_NBYTES : (block + 1) * _BLOCK_NBYTES] = bytes(_BLOCK_NBYTES)
 
-    def measure(self, floor: str, threads: int) -> float:
+    def measure(self, floor: str, threads: int, path: Path | None = None) -> float:
         """Measure once; returns GB/s."""
-        if floor == "memcpy":
-            return self._nbytes / 2 / self._copy(threads) / 1e9
-        return self._nbytes / (self._write(threads) if floor == "write" else self._read(threads)) / 1e9
+        match floor:
+            case "memcpy":
+                return self._nbytes / 2 / self._copy(threads) / 1e9
+            case "write":
+                return self._nbytes / self._write(threads) / 1e9
+        if path is None and not self._file.exists():
+            self._write(threads)
+        nbytes, elapsed = self._read(path or self._file, threads)
+        return nbytes / elapsed / 1e9
 
     def close(self) -> None:
         """Remove the file."""
@@ -85,24 +97,36 @@ class Bench:
             view.release()
             os.close(descriptor)
 
-    def _read(self, threads: int) -> float:
-        if not self._file.exists():
-            self._write(threads)
-        view = memoryview(self._memory)
-        descriptor = _open_direct(self._file, os.O_RDONLY)
+    def _read(self, path: Path, threads: int) -> tuple[int, float]:
+        """Read all files below a path; returns their bytes and the seconds."""
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
+        opened = [_open_direct(file, os.O_RDONLY) for file in files]
+        sizes = [os.fstat(descriptor).st_size for descriptor in opened]
+        pieces = [
+            (descriptor, start, min(size - start, _BLOCK_NBYTES))
+            for descriptor, size in zip(opened, sizes, strict=True)
+            for start in range(0, size, _BLOCK_NBYTES)
+        ]
+        view = memoryview(self._bounce)
 
-        def read(start: int, stop: int) -> None:
-            while start < stop:
-                count = os.preadv(descriptor, [view[start:stop]], start)
+        def read(number: int, _: int) -> None:
+            descriptor, offset, nbytes = pieces[number]
+            place = number % self._blocks * _BLOCK_NBYTES
+            # Whole sectors, as direct reads must be; at the file's end they return what there is.
+            target = view[place : place - (-nbytes // _PAGE_NBYTES) * _PAGE_NBYTES]
+            done = 0
+            while done < nbytes:
+                count = os.preadv(descriptor, [target[done:]], offset + done)
                 if not count:
-                    raise OSError(f"{self._file} ends at {start}")
-                start += count
+                    raise OSError(f"a file of {path} became shorter")
+                done += count
 
         try:
-            return _timed(read, self._nbytes, threads, _BLOCK_NBYTES)
+            return sum(sizes), _timed(read, len(pieces), threads, 1)
         finally:
             view.release()
-            os.close(descriptor)
+            for descriptor in opened:
+                os.close(descriptor)
 
 
 def _open_direct(file: Path, flags: int) -> int:
@@ -136,8 +160,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     bench = Bench(args.size, args.dir)
     for line in sys.stdin:
-        floor, threads = line.split()
-        print(bench.measure(floor, int(threads)), flush=True)
+        floor, threads, *path = line.rstrip("\n").split(" ", 2)
+        print(bench.measure(floor, int(threads), Path(path[0]) if path else None), flush=True)
     bench.close()
 
 

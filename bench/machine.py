@@ -5,12 +5,23 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import resource
 from pathlib import Path
 from typing import Any
 
 __all__ = ["drop_page_cache", "facts"]
 
-_PACKAGES = ("aiockpt", "torch", "safetensors", "torch_checkpointing", "anyio", "uvloop", "msgspec", "xxhash")
+_PACKAGES = (
+    "aiockpt",
+    "torch",
+    "safetensors",
+    "torch_checkpointing",
+    "torchsnapshot",
+    "anyio",
+    "uvloop",
+    "msgspec",
+    "xxhash",
+)
 
 
 def facts(directory: Path) -> dict[str, Any]:
@@ -21,6 +32,7 @@ def facts(directory: Path) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": int((_first(Path("/proc/meminfo"), "MemTotal") or "0").split()[0]) * 1024,
         "kernel": platform.release(),
+        "nofile": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "filesystem": filesystem,
         "device": device,
         "python": platform.python_version(),

@@ -5,21 +5,35 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import aiockpt
 import aiockpt.blocking
-from bench.entrant import Entrant, SaveTimes, remove, stopwatch
+from bench.entrant import Restorer, Saver, remove, stopwatch
 
-__all__ = ["FirstSave", "Guarded", "Inline"]
+__all__ = ["FirstSave", "Guarded", "Inline", "Restore"]
 
 _RETENTION_SECONDS = 30.0
 
 
-class Guarded(Entrant):
+class _Pending:
+    def __init__(self, save: aiockpt.blocking.Save[aiockpt.Saved]) -> None:
+        self._save = save
+
+    def wait_staged(self) -> None:
+        """Return when everything is copied."""
+        self._save.wait_staged()
+
+    def wait(self) -> None:
+        """Return when the checkpoint is durable."""
+        self._save.result()
+
+
+class Guarded(Saver):
     """The default: what belongs to an optimizer that has stepped is copied behind the call."""
 
-    SNAPSHOT: Literal["guarded", "inline"] = "guarded"
+    SNAPSHOT: ClassVar[Literal["guarded", "inline"]] = "guarded"
+    OPTIMIZERS_WAIT = True
 
     def open(self) -> None:
         """Open the run and make the arena."""
@@ -37,29 +51,20 @@ class Guarded(Entrant):
         """Return where the checkpoint of a step goes."""
         return self.run / f"step-{step}"
 
-    def save(self, step: int) -> SaveTimes:
-        """Save; the state may be changed from ``wait_staged`` on (the optimizer waits for that by itself)."""
-        return timed_save(self.checkpointer, step, self.state.mapping)
+    def begin(self, step: int) -> _Pending:
+        """Save; the optimizer waits by itself for what is still being copied."""
+        return _Pending(self.checkpointer.save(step, self.state.mapping))
 
     def discard(self, step: int) -> None:
+        """Leave that to retention."""
+
+    def settle(self) -> None:
         """Wait for retention: the last checkpoint goes when the next one is committed, and that costs the disk time."""
         deadline = time.monotonic() + _RETENTION_SECONDS
         while len([name for name in os.listdir(self.run) if "step-" in name]) > 1:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"retention left {sorted(os.listdir(self.run))}")
             time.sleep(0.005)
-
-    def write(self) -> Path:
-        """Write the checkpoint to restore from, and end the job that wrote it."""
-        self.save(0)
-        self.checkpointer.close()
-        return self.path(0)
-
-    def restore(self) -> None:
-        """Restore in place, every checksum verified."""
-        restored = aiockpt.blocking.restore(self.run, self.state.mapping)
-        if restored is None or restored.step != 0:
-            raise RuntimeError(f"restored {restored!r} instead of step 0")
 
     def facts(self) -> dict[str, float]:
         """Return how long the open took: the run taken, the worker started and ready."""
@@ -82,12 +87,11 @@ class FirstSave(Guarded):
     def open(self) -> None:
         """Nothing yet."""
 
-    def save(self, step: int) -> SaveTimes:
-        """Open a new run, then measure its first save."""
+    def make_ready(self, step: int) -> None:
+        """Open a new run."""
         self._open(self.directory / f"run-{step}")
-        return super().save(step)
 
-    def discard(self, step: int) -> None:
+    def settle(self) -> None:
         """End the job and remove its run, so that no later round pays for that."""
         super().close()
         remove(self.run)
@@ -100,12 +104,13 @@ class FirstSave(Guarded):
         """Nothing is open."""
 
 
-def timed_save(checkpointer: aiockpt.blocking.Checkpointer, step: int, state: dict[str, Any]) -> SaveTimes:
-    """Save once and measure it."""
-    elapsed = stopwatch()
-    save = checkpointer.save(step, state)
-    blocked = elapsed()
-    save.wait_staged()
-    staged = elapsed()
-    save.result()
-    return SaveTimes(blocked, staged, elapsed())
+class Restore(Restorer):
+    """Restore in place, every checksum verified."""
+
+    WRITER = Guarded
+
+    def restore(self, path: Path) -> None:
+        """Restore into the live model and optimizer."""
+        restored = aiockpt.blocking.restore(path.parent, self.state.mapping)
+        if restored is None or restored.step != 0:
+            raise RuntimeError(f"restored {restored!r} instead of step 0")

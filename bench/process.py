@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +22,8 @@ __all__ = ["EntrantFailedError", "EntrantProcess"]
 _ANSWER_TIMEOUT = 900.0
 """Seconds for one answer: a peer that hangs is skipped, the others are measured."""
 _LAST_WORDS = 300
+_OUT_OF_DESCRIPTORS = ("Too many open files", "ancdata")
+"""What Python and multiprocessing say then; the second of descriptors that were sent and could not be received."""
 
 
 class EntrantFailedError(Exception):
@@ -27,15 +31,21 @@ class EntrantFailedError(Exception):
 
 
 class EntrantProcess:
-    """Runs ``bench.child`` for one system; a context manager that leaves no process behind."""
+    """Runs one system in a process of its own; a context manager that leaves no process behind.
 
-    def __init__(self, place: str, *, question: str, state: str, size: int, directory: Path) -> None:
+    Args:
+        arguments: Options of the module's command line, by name; those that are None are left out.
+        module: Answers on the descriptor ``--reply-fd``, one JSON line for each line that it reads from its standard
+            input, and one before that.
+    """
+
+    def __init__(self, arguments: Mapping[str, object], *, module: str = "bench.child") -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process
         reading, writing = os.pipe()
         self._replies = os.fdopen(reading, "rb", buffering=0)
-        arguments = {"place": place, "question": question, "state": state, "size": size, "dir": directory}
-        command = [sys.executable, "-m", "bench.child", "--reply-fd", str(writing)]
-        command += [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
+        given = {name: value for name, value in arguments.items() if value is not None}
+        command = [sys.executable, "-m", module, "--reply-fd", str(writing)]
+        command += [text for name, value in given.items() for text in (f"--{name}", str(value))]
         try:
             # A session of its own: the peers' own children can then be ended with it.
             self._process = subprocess.Popen(
@@ -50,6 +60,7 @@ class EntrantProcess:
         finally:
             os.close(writing)
         self._buffer = b""
+        self._nofile = given.get("nofile", resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
     @property
     def pid(self) -> int:
@@ -109,10 +120,13 @@ class EntrantProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(5)
         self._log.seek(0)
-        lines = [line.strip() for line in self._log.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        text = self._log.read().decode("utf-8", "replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         raised = [line for line in lines if "Error" in line.split(":")[0]]
-        last = (raised or lines or [""])[-1]
-        return EntrantFailedError(f"{what}: {last[:_LAST_WORDS]}" if last else what)
+        last = (raised or lines or [""])[-1][:_LAST_WORDS]
+        if any(words in text for words in _OUT_OF_DESCRIPTORS):
+            last += f" (it ran out of descriptors, of which RLIMIT_NOFILE gave it {self._nofile})"
+        return EntrantFailedError(f"{what}: {last}" if last else what)
 
     def _end(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.entrant import Key
+from bench.entrants import Key
 from bench.sizes import gigabytes_per_second
 
-__all__ = ["Floors", "Measured", "Report", "spread"]
+__all__ = ["Floors", "Measured", "Report", "Round", "percentile", "spread"]
 
 
-def spread(name: str, values: list[float]) -> dict[str, float | None]:
+def spread(name: str, values: Sequence[float]) -> dict[str, float | None]:
     """Return median, least and greatest of the values under ``name``, ``name_min`` and ``name_max``."""
     if not values:
         return {name: None, f"{name}_min": None, f"{name}_max": None}
     return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Return the value that this share of all does not exceed, one that was measured."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 @dataclass
@@ -45,46 +53,69 @@ class Floors:
         return {**found, "threads": self.threads}
 
 
+@dataclass(frozen=True)
+class Round:
+    """One measurement, with the floors that were measured right beside it."""
+
+    times: dict[str, float]
+    floors: dict[str, float] = field(default_factory=dict)
+
+    def ratio(self, time: str, floor: str, nbytes: int) -> float:
+        """Return how many times as long this took as the floor takes for as many bytes."""
+        return self.times[time] * self.floors[floor] * 1e9 / nbytes
+
+
 @dataclass
 class Measured:
     """All rounds of one system in one case."""
 
     key: Key
-    nbytes: int
-    descriptors: int
-    """Open before the system was."""
-    facts: dict[str, float]
-    times: list[dict[str, float]] = field(default_factory=list)
-    floors: Floors = field(default_factory=Floors)
-    """Sampled in turn with these rounds: the disk of another minute is another disk."""
+    opened: dict[str, Any]
+    """What its process said first: bytes of the state, descriptors open before the system was, facts."""
+    rounds: list[Round] = field(default_factory=list)
     peak_pss_bytes: int | None = None
     peak_fds: int | None = None
     child_bytes: int | None = None
 
-    def row(self, question: str) -> dict[str, Any]:
-        """Return the row of the JSON file."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a round saves or restores."""
+        return int(self.opened["nbytes"])
+
+    def row(self, total: str, floor: str) -> dict[str, Any]:
+        """Return the row of the JSON file.
+
+        Args:
+            total: The time that is compared with the floor, ``durable_s`` or ``blocked_s``.
+            floor: The name of the floor.
+        """
         row: dict[str, Any] = {"system": self.key.system, "case": self.key.case, "nbytes": self.nbytes}
         for name in ("blocked_s", "staged_s", "durable_s"):
-            row |= spread(name, [times[name] for times in self.times if name in times])
-        total = row["durable_s"] if question == "save" else row["blocked_s"]
-        floor = self.floors.median("write" if question == "save" else "read")
-        row["gbps"] = gigabytes_per_second(self.nbytes, total)
-        row["ratio_to_floor"] = floor / row["gbps"]
-        if question == "save":
-            row["blocked_ratio_to_memcpy"] = row["blocked_s"] * self.floors.median("memcpy") * 1e9 / self.nbytes
-        row["peak_pss_bytes"] = self.peak_pss_bytes
-        row["open_fds"] = None if self.peak_fds is None else self.peak_fds - self.descriptors
-        row["worker_bytes"] = self.child_bytes
-        row["start_s"] = self.facts.get("start_s")
-        row["rounds"] = len(self.times)
-        return row
+            row |= spread(name, [each.times[name] for each in self.rounds if name in each.times])
+        row["gbps"] = gigabytes_per_second(self.nbytes, row[total])
+        row |= spread("floor_gbps", [each.floors[floor] for each in self.rounds])
+        # Round by round: the disk of another minute, or of another place on it, is another disk.
+        row |= spread("ratio_to_floor", [each.ratio(total, floor, self.nbytes) for each in self.rounds])
+        if all("memcpy" in each.floors for each in self.rounds):
+            copies = [each.ratio("blocked_s", "memcpy", self.nbytes) for each in self.rounds]
+            row |= spread("blocked_ratio_to_memcpy", copies)
+        return row | self.resources() | {"rounds": len(self.rounds)}
+
+    def resources(self) -> dict[str, Any]:
+        """Return the part of a row that says what was held."""
+        return {
+            "peak_pss_bytes": self.peak_pss_bytes,
+            "open_fds": None if self.peak_fds is None else self.peak_fds - int(self.opened["descriptors"]),
+            "worker_bytes": self.child_bytes,
+            "start_s": self.opened.get("start_s"),
+            "fsyncs": self.opened.get("fsyncs"),
+        }
 
 
 @dataclass
 class Report:
     """The whole of one run."""
 
-    question: str
     machine: dict[str, Any]
     args: dict[str, Any]
     floors: Floors

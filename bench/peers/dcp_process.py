@@ -8,14 +8,14 @@ from torch import distributed
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save
 
-from bench.entrant import Entrant, SaveTimes, stopwatch
+from bench.entrant import Pending, Saver
 from bench.peers.dcp_sync import quiet
 from bench.peers.dcp_thread import upload
 
 __all__ = ["DcpProcess"]
 
 
-class DcpProcess(Entrant):
+class DcpProcess(Saver):
     """The process-based save with a stager that keeps its shared memory; it wants a process group."""
 
     def open(self) -> None:
@@ -36,18 +36,16 @@ class DcpProcess(Entrant):
             )
         )
 
-    def save(self, step: int) -> SaveTimes:
+    def begin(self, step: int) -> Pending:
         """Save; the call returns when the state is in shared memory, the future when the files are synced."""
-        elapsed = stopwatch()
-        future = async_save(
-            self.state.state_dict(),
-            checkpoint_id=self.path(step),
-            async_checkpointer_type=AsyncCheckpointerType.PROCESS,
-            async_stager=self.stager,
+        return upload(
+            async_save(
+                self.state.state_dict(),
+                checkpoint_id=self.path(step),
+                async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+                async_stager=self.stager,
+            )
         )
-        blocked = elapsed()
-        upload(future).result()
-        return SaveTimes(blocked, blocked, elapsed())
 
     def close(self) -> None:
         """Close stager and group; the process ends with ours."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from bench.entrant import Entrant, SaveTimes, stopwatch
+from bench.entrant import DONE, Pending, Restorer, Saver
 
-__all__ = ["DcpSave", "quiet"]
+__all__ = ["DcpLoad", "DcpSave", "quiet"]
 
 
 def quiet() -> None:
@@ -17,20 +18,24 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module=r"torch\.distributed\..*")
 
 
-class DcpSave(Entrant):
+class DcpSave(Saver):
     """dcp.save on one process; its FileSystemWriter fsyncs its files by default."""
 
     def open(self) -> None:
         """Nothing to open."""
         quiet()
 
-    def save(self, step: int) -> SaveTimes:
+    def begin(self, step: int) -> Pending:
         """Save in the calling thread: it is blocked until the files are durable."""
-        elapsed = stopwatch()
         save(self.state.state_dict(), checkpoint_id=self.path(step))
-        done = elapsed()
-        return SaveTimes(done, done, done)
+        return DONE
 
-    def restore(self) -> None:
+
+class DcpLoad(Restorer):
+    """dcp.load on one process."""
+
+    WRITER = DcpSave
+
+    def restore(self, path: Path) -> None:
         """Load in place, into the tensors of the live state."""
-        load(self.state.state_dict(), checkpoint_id=self.path(0))
+        load(self.state.state_dict(), checkpoint_id=path)

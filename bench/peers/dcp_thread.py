@@ -8,18 +8,19 @@ from typing import Any
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
 
-from bench.entrant import Entrant, SaveTimes, stopwatch
+from bench.entrant import Pending, Saver
 from bench.peers.dcp_sync import quiet
+from bench.peers.futures import FuturePending
 
 __all__ = ["DcpThread", "DcpThreadKeptStager", "upload"]
 
 
-def upload(answer: Future[Any] | AsyncSaveResponse) -> Future[Any]:
-    """Return the future that says when the files are synced; asynchronous stagers answer with two."""
-    return answer.upload_completion if isinstance(answer, AsyncSaveResponse) else answer
+def upload(answer: Future[Any] | AsyncSaveResponse) -> FuturePending:
+    """Return the save whose end is that of the files' sync; asynchronous stagers answer with two futures."""
+    return FuturePending(answer.upload_completion if isinstance(answer, AsyncSaveResponse) else answer)
 
 
-class DcpThread(Entrant):
+class DcpThread(Saver):
     """The documented call, which copies the state into fresh memory at each save."""
 
     stager: DefaultStager | None = None
@@ -28,15 +29,11 @@ class DcpThread(Entrant):
         """Nothing to open."""
         quiet()
 
-    def save(self, step: int) -> SaveTimes:
+    def begin(self, step: int) -> Pending:
         """Save; the call returns when the state is copied, the future when its files are synced."""
-        elapsed = stopwatch()
-        future = async_save(
-            self.state.state_dict(), checkpoint_id=self.path(step), async_stager=self.stager, no_dist=True
+        return upload(
+            async_save(self.state.state_dict(), checkpoint_id=self.path(step), async_stager=self.stager, no_dist=True)
         )
-        blocked = elapsed()
-        upload(future).result()
-        return SaveTimes(blocked, blocked, elapsed())
 
     def close(self) -> None:
         """Close the stager, where there is one."""

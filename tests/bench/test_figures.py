@@ -8,17 +8,46 @@ from pathlib import Path
 
 import pytest
 
-from bench.entrant import Key
-from bench.results import Floors, Measured, Report, spread
+from bench import arguments, interference, restore, save, small
+from bench.entrants import INTERFERENCES, OURS, RESTORES, SAVES, SMALLS, Key
+from bench.plot import draw
+from bench.results import Floors, Measured, Report, Round, percentile, spread
 from bench.sizes import seconds_text, size_argument, size_text
 from bench.table import render
 
 FLOORS = Floors({"memcpy": 2, "write": 1, "read": 8}, {"memcpy": [10.0, 12.0], "write": [2.0, 2.0], "read": [4.0]})
+MACHINE = {
+    "cpu": "C",
+    "cores": 2,
+    "memory_bytes": 1 << 34,
+    "filesystem": "ext4",
+    "kernel": "6",
+    "python": "3.11",
+    "packages": {"torch": "2"},
+}
 
 
-def measured() -> Measured:
-    times = [{"blocked_s": b, "staged_s": b + 0.1, "durable_s": 1.0} for b in (0.3, 0.1, 0.2)]
-    return Measured(Key("x", "y"), 10**9, 7, {"start_s": 0.25}, times, FLOORS, 5 * 2**30, 20, 30 * 2**20)
+def saved() -> Measured:
+    rounds = [
+        Round({"blocked_s": b, "staged_s": b + 0.1, "durable_s": 1.0}, {"write": write, "memcpy": 11.0})
+        for b, write in ((0.3, 1.0), (0.1, 2.0), (0.2, 4.0))
+    ]
+    opened = {"nbytes": 10**9, "descriptors": 7, "start_s": 0.25, "fsyncs": True}
+    return Measured(Key(OURS, "y"), opened, rounds, 5 * 2**30, 20, 30 * 2**20)
+
+
+def restored() -> Measured:
+    rounds = [Round({"blocked_s": took}, {"read": rate}) for took, rate in ((1.0, 2.0), (2.0, 1.0), (3.0, 1.0))]
+    return Measured(Key(OURS, "y"), {"nbytes": 10**9, "descriptors": 7}, rounds)
+
+
+def trained() -> dict[str, object]:
+    series = interference._Series()
+    series.add({"steps_s": [0.1] * 99 + [0.2]}, {"steps_s": [0.11] * 98 + [0.4] * 2, **OF_THE_SAVES})
+    return series.row(Measured(Key(OURS, "y"), {"nbytes": 10**9, "descriptors": 7}), FLOORS)
+
+
+OF_THE_SAVES = {"waits_s": [0.0] * 99 + [0.05], "blocked_s": [0.01] * 50, "durable_s": [1.0] * 49}
 
 
 @pytest.mark.parametrize(
@@ -48,6 +77,12 @@ def test_spread_is_median_and_extremes() -> None:
     assert spread("a", []) == {"a": None, "a_min": None, "a_max": None}
 
 
+@pytest.mark.parametrize(("count", "found"), [(1, 1), (100, 99), (200, 198), (201, 199)])
+def test_a_percentile_is_a_value_that_was_measured(count: int, found: int) -> None:
+    """The least that 99 of 100 do not exceed."""
+    assert percentile([float(n) for n in range(count, 0, -1)], 0.99) == found
+
+
 def test_floors_have_extremes_and_threads() -> None:
     """As the JSON file says them."""
     floors = Floors({"write": 4})
@@ -62,41 +97,75 @@ def test_floors_have_extremes_and_threads() -> None:
 
 
 def test_the_row_of_a_save() -> None:
-    """Rates and ratios go by the median; descriptors count from before the system was opened."""
-    row = measured().row("save")
-    assert row["blocked_s"] == 0.2
-    assert row["blocked_s_min"] == 0.1
-    assert row["durable_s"] == 1.0
+    """Ratios are taken round by round, against the floor of that round; descriptors count from before the opening."""
+    row = saved().row("durable_s", "write")
+    assert (row["blocked_s"], row["blocked_s_min"], row["durable_s"]) == (0.2, 0.1, 1.0)
     assert row["gbps"] == pytest.approx(1.0)
-    assert row["ratio_to_floor"] == pytest.approx(2.0)
+    ratios = [row["ratio_to_floor"], row["ratio_to_floor_min"], row["ratio_to_floor_max"]]
+    assert ratios == pytest.approx([2.0, 1.0, 4.0])
+    assert row["floor_gbps"] == 2.0
     assert row["blocked_ratio_to_memcpy"] == pytest.approx(2.2)
-    assert (row["open_fds"], row["rounds"], row["start_s"]) == (13, 3, 0.25)
+    assert (row["open_fds"], row["rounds"], row["start_s"], row["fsyncs"]) == (13, 3, 0.25, True)
 
 
 def test_the_row_of_a_restore() -> None:
-    """The call's time against the read floor."""
-    row = measured().row("restore")
-    assert row["ratio_to_floor"] == pytest.approx(0.8)
+    """Each round against its own reading of the same files: the median of the ratios, not the ratio of medians."""
+    row = restored().row("blocked_s", "read")
+    assert row["ratio_to_floor"] == pytest.approx(2.0)
+    assert (row["ratio_to_floor_min"], row["ratio_to_floor_max"]) == pytest.approx((2.0, 3.0))
+    assert row["open_fds"] is None
 
 
-def test_json_and_table_have_the_same_rows(tmp_path: Path) -> None:
+def test_the_row_of_interference() -> None:
+    """Median against median, p99 against p99; a save's cost is all that steps lost, and what it blocked."""
+    row = trained()
+    assert row["step_ratio_median"] == pytest.approx(1.1)
+    assert row["step_ratio_p99"] == pytest.approx(4.0)
+    assert (row["guard_wait_s"], row["guard_wait_s_max"], row["guard_wait_p99_s"]) == (0.0, 0.05, 0.0)
+    assert row["cost_s"] == pytest.approx((98 * 0.11 + 0.8 - 100 * 0.101 + 0.5) / 50)
+    assert (row["steps"], row["saves"], row["gbps"], row["ratio_to_floor"]) == (100, 50, 1.0, 2.0)
+
+
+@pytest.mark.parametrize("question", [save, small, restore, interference])
+def test_json_table_and_figure_have_the_same_rows(question: object, tmp_path: Path) -> None:
     """The file has the parts that readers rely on; the table names every row and every skipped system."""
-    machine = {
-        "cpu": "C",
-        "cores": 2,
-        "memory_bytes": 1 << 34,
-        "filesystem": "ext4",
-        "kernel": "6",
-        "python": "3.11",
-        "packages": {"torch": "2"},
-    }
+    row = {
+        save: lambda: saved().row("durable_s", "write"),
+        small: lambda: saved().row("durable_s", "write"),
+        restore: lambda: restored().row("blocked_s", "read"),
+        interference: trained,
+    }[question]()
     skipped = [{"system": "s", "case": "c", "why": "it is not there"}]
-    rows = [measured().row("save")]
-    report = Report("save", machine, {"size": 1}, FLOORS, rows, skipped, ["a note"])
+    report = Report(MACHINE, {"count": 5, "nbytes": 4096}, FLOORS, [row], skipped, ["a note"])
     report.write(tmp_path / "x.json")
     content = json.loads((tmp_path / "x.json").read_text())
     assert set(content) == {"machine", "args", "floors", "rows", "skipped", "notes"}
-    assert content["rows"] == rows
-    text = render(report)
-    for part in ("skipped: s (c): it is not there", "note: a note", "200 ms", "1 s", "2.00"):
+    assert content["rows"] == [row]
+    assert {"memcpy_gbps", "write_gbps", "read_gbps"} <= set(content["floors"])
+    text = render(report, question.COLUMNS)
+    for part in ("skipped: s (c): it is not there", "note: a note", OURS, "954 MiB"):
         assert part in text
+
+
+def test_a_figure_is_drawn(tmp_path: Path) -> None:
+    """A PNG file, without a display."""
+    pytest.importorskip("matplotlib")
+    report = Report(MACHINE, {}, FLOORS, [saved().row("durable_s", "write")], [], [])
+    draw(save.figure(report), tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ours_is_always_measured() -> None:
+    """Also without peers, and it comes first."""
+    for entries in (SAVES, SMALLS, RESTORES, INTERFERENCES):
+        assert {key.system for key in arguments.chosen(entries, "none")} == {OURS}
+        assert next(iter(arguments.chosen(entries, "all"))).system == OURS
+        assert arguments.chosen(entries, "all") == entries
+
+
+def test_a_peer_is_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """One that is not there is refused with the names of those that are."""
+    assert {key.system for key in arguments.chosen(SAVES, "torch.save, dcp.save")} == {OURS, "torch.save", "dcp.save"}
+    with pytest.raises(SystemExit, match="2"):
+        arguments.chosen(SAVES, "nobody")
+    assert "torchsnapshot" in capsys.readouterr().err

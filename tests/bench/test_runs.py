@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import runner
-from bench.entrant import OURS, SAVES, Key
+from bench.entrants import OURS, SAVES, Entry, Key
 from bench.floor_process import FloorProcess
 from bench.floors import THREADS
 from bench.memory import PeakSampler, tree_of
@@ -63,17 +63,54 @@ def test_restore_says_how_the_cache_was_treated(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     content = json.loads(report.read_text())
     assert [row["system"] for row in content["rows"]] == ["aiockpt", "torch.load"]
+    for row in content["rows"]:
+        assert 0 < row["ratio_to_floor_min"] <= row["ratio_to_floor"] <= row["ratio_to_floor_max"]
+        assert row["floor_gbps"] > 0
     dropped = os.access("/proc/sys/vm/drop_caches", os.W_OK)
     assert dropped or any("page cache" in note for note in content["notes"])
 
 
-def test_a_missing_peer_is_skipped_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_measures_a_dict_and_a_module(tmp_path: Path) -> None:
+    """Also with few descriptors; a peer that needs one for each tensor is skipped with the limit that it met."""
+    report = tmp_path / "x.json"
+    size = ("--count", "200", "--nbytes", "1KiB", "--nofile", "100", "--rounds", "1")
+    done = bench("small", *size, "--peers", "dcp.async_save process", "--dir", tmp_path, "--json", report)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(report.read_text())
+    assert [row["case"] for row in content["rows"]] == ["tensors", "module and optimizer"]
+    assert [row["nbytes"] for row in content["rows"]] == [200 << 10] * 2
+    assert all(row["open_fds"] <= 16 for row in content["rows"])
+    (skipped,) = content["skipped"]
+    assert skipped["system"] == "dcp.async_save process"
+    assert "RLIMIT_NOFILE gave it 100" in skipped["why"]
+
+
+def test_interference_has_a_row_for_each_snapshot_mode(tmp_path: Path) -> None:
+    """As many steps with a save in flight as asked for, in blocks."""
+    report = tmp_path / "x.json"
+    steps = ("--size", "1MiB", "--steps", "5", "--block", "3", "--step-ms", "5", "--threads", "1")
+    done = bench("interference", *steps, "--peers", "none", "--dir", tmp_path, "--json", report)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(report.read_text())
+    assert [row["case"] for row in content["rows"]] == ["guarded", "inline"]
+    assert content["args"]["tokens"] >= 8
+    for row in content["rows"]:
+        assert row["steps"] == 5
+        assert 1 <= row["saves"] <= 5
+        assert row["step_ratio_median"] > 0
+        assert row["step_ratio_p99"] > 0
+        assert 0 <= row["guard_wait_s"] < row["step_saving_s"]
+        assert row["blocked_s"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_missing_peer_is_skipped_by_name(tmp_path: Path) -> None:
     """The others are measured; the reason is the ImportError's."""
-    missing = Key("nobody", "default")
-    monkeypatch.setattr(runner, "SAVES", {OURS: SAVES[OURS], missing: "bench.peers.nobody:Nobody"})
-    plan = runner.Plan("save", "gpt", 1 << 20, 1, 1, tmp_path, None)
-    outcome = runner.run(plan, lambda _: None)
-    assert [measured.key for measured in outcome.measured] == [OURS]
+    ours = next(iter(SAVES))
+    entries = {ours: SAVES[ours], Key("nobody", "default"): Entry("bench.peers.nobody:Nobody")}
+    plan = runner.Plan(entries=entries, size=1 << 20, rounds=1, warmup=1, directory=tmp_path)
+    outcome = runner.run(plan, runner.SaveTurns, lambda _: None)
+    assert [measured.key.system for measured in outcome.measured] == [OURS]
     (skipped,) = outcome.skipped
     assert skipped["system"] == "nobody"
     assert "No module named 'bench.peers.nobody'" in skipped["why"]
@@ -96,9 +133,22 @@ def test_floors_are_measured_with_the_best_number_of_threads(tmp_path: Path) -> 
         assert {floor: len(rates) for floor, rates in process.choose(2).items()} == {"memcpy": 2, "write": 2, "read": 2}
         assert all(process.threads[floor] in counts for floor, counts in THREADS.items())
         sample = process.sample(("write", "read"))
-    assert list(sample) == ["write", "read"]
-    assert all(rate > 0 for rate in sample.values())
+        assert list(sample) == ["write", "read"]
+        assert all(rate > 0 for rate in sample.values())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_read_floor_is_that_of_the_given_files(tmp_path: Path) -> None:
+    """All files below the path, whatever their size; before each try the caller gets to drop the cache."""
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    for name, nbytes in (("x/one", 17 << 20), ("x/y/two", 5000), ("x/none", 0)):
+        (tmp_path / name).write_bytes(bytes(nbytes))
+    tries: list[None] = []
+    with FloorProcess(1 << 20, tmp_path) as process:
+        threads = process.choose_reading(tmp_path / "x", lambda: tries.append(None))
+        assert threads in THREADS["read"]
+        assert len(tries) == len(THREADS["read"])
+        assert process.reading(tmp_path / "x", threads) > 0
 
 
 def test_the_sampler_counts_children() -> None:
