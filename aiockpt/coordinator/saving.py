@@ -180,7 +180,7 @@ class Saving:
             if record.outcome.done():  # its time was up
                 self._loop.post(self._saves.staging_done, record, None)
                 return
-            self._begin(record, plan)
+            record.begin = self._begin_message(record, plan)
             fresh = self._texts_in != (plan, arena)
             self._texts_in = None
             began = record.elapsed()
@@ -191,6 +191,7 @@ class Saving:
                 arena,
                 write_texts=fresh,
                 step=record.step,
+                on_begin=lambda: self._begin(record),
                 on_progress=lambda file, upto: self._progress(record, file, upto),
                 on_done=lambda error: self._done(record, began, error),
             )
@@ -210,11 +211,11 @@ class Saving:
             self._loop.post(self._saves.staging_done, record, stopped)
             raise
 
-    def _begin(self, record: SaveRecord, plan: LocalPlan) -> None:
+    def _begin_message(self, record: SaveRecord, plan: LocalPlan) -> BeginSave:
         self._ordinal += 1
         known = self._saves.checkpoints
         steps = to_prune(self._options.keep, list(known), record.step)
-        record.begin = BeginSave(
+        return BeginSave(
             save_id=record.save_id,
             step=record.step,
             attempt=0,
@@ -225,6 +226,8 @@ class Saving:
             plan_nbytes=plan.body_nbytes,
             prune=[known[step].path.rpartition("/")[2] for step in steps],
         )
+
+    def _begin(self, record: SaveRecord) -> None:
         record.with_worker = True
         self._loop.post(self._saves.begin, record)
         self._faults.at(FaultPoint.TRAINER_BEGIN_SENT)

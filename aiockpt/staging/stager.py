@@ -139,6 +139,7 @@ class Stager:
         *,
         write_texts: bool,
         step: int,
+        on_begin: Callable[[], None],
         on_progress: Callable[[int, int], None],
         on_done: Callable[[BaseException | None], None],
     ) -> Staging:
@@ -151,6 +152,8 @@ class Stager:
             write_texts: Write headers, plain files and the plan's body too; not needed where the same plan was
                 staged into the same arena before.
             step: For messages.
+            on_begin: Called once in the calling thread, before all other calls: ahead of a long copy, so that the
+                worker makes its files meanwhile, else last, so that no other thread wakes up during a short one.
             on_progress: Called with a file's index and how many of its first bytes are final (its header's checksums
                 aside); grows for each file, at each 16 MiB block and at the file's end. On the copy thread.
             on_done: Called once when nothing touches the arena any more: with None after all checks, else with a
@@ -194,7 +197,7 @@ class Stager:
         self._last = staging  # also where this raises: what is in flight must end before the next one
         try:
             with torch.inference_mode(False), torch.no_grad():
-                self._copy(layout, collected, ownership, staging, progress, write_texts=write_texts)
+                self._copy(layout, collected, ownership, staging, progress, on_begin, write_texts=write_texts)
         except BaseException as exc:
             staging.abandon(exc)
             self._thread.post(partial(staging.run, progress))
@@ -267,6 +270,7 @@ class Stager:
         ownership: Ownership,
         staging: Staging,
         progress: Progress,
+        on_begin: Callable[[], None],
         *,
         write_texts: bool,
     ) -> None:
@@ -290,7 +294,11 @@ class Stager:
             staging.canaries.append((take(combs), on_host))
         self._copy_devices(layout, chosen, staging)
         self._turn = guard.begin(staging.pending if chosen.later else None)
+        if staging.much_at_once:
+            on_begin()
         self._copy_inline(layout, chosen, staging, progress)
+        if not staging.much_at_once:
+            on_begin()
 
     def _sort(self, layout: Layout, collected: Collected, ownership: Ownership) -> _Sorted:
         """Decide by line 1 (at once, where in doubt) and line 2 (the guard)."""

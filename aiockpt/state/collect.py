@@ -236,7 +236,8 @@ class _Collector:
     def _tied(self, first: int, address: int, entry: Entry, tensor: torch.Tensor) -> int | None:
         """Return the entry of the same folder, memory, dtype, shape and strides; it gets the first of the names."""
         entries = self.result.entries
-        for number in (first, *self._also_at.get(address, ())):
+        numbers: list[int] = [first, *self._also_at.get(address, ())]
+        for number in numbers:
             known = entries[number]
             if (
                 known[1:] == entry[1:]

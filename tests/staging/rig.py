@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -61,6 +62,7 @@ class Rig:
         options = {
             "write_texts": not same,
             "step": self.steps,
+            "on_begin": lambda: None,
             "on_progress": lambda file, upto: self.progress.append((file, upto)),
             "on_done": self.answers.append,
         } | options
@@ -78,7 +80,7 @@ class Rig:
         assert self.arena is not None
         names = [dotted(entry.segments) for entry in collect(state).entries]
         return {
-            name: self.arena.bytes_at(self.plan.offsets[i], self.plan.sizes[i]).numpy().tobytes()
+            name: raw(self.arena.bytes_at(self.plan.offsets[i], self.plan.sizes[i]))
             for i, name in enumerate(names)
         }
 
@@ -112,8 +114,6 @@ def live(state: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def raw(tensor: torch.Tensor) -> bytes:
-    """Return a tensor's bytes."""
-    if tensor.numel() == 0:
-        return b""
-    # A clone: numpy() of the tensor itself would make its storage one that cannot be resized any more.
-    return tensor.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy().tobytes()
+    """Return a tensor's bytes, from whatever device."""
+    whole = tensor.detach().cpu().contiguous()
+    return ctypes.string_at(whole.data_ptr(), whole.nbytes)  # .numpy() needs numpy, which may be missing
