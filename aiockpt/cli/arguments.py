@@ -47,6 +47,8 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"aiockpt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     _add_ls(commands)
+    _add_inspect(commands)
+    _add_diff(commands)
     _add_verify(commands)
     _add_rm(commands)
     _add_demo(commands)
@@ -58,6 +60,37 @@ def _add_ls(commands: Commands[Parser]) -> None:
         "ls", help="list the checkpoints of a run", description="List a run's checkpoints, newest first."
     )
     _add_run(ls)
+    ls.add_argument("--all", action="store_true", help="list all, however many there are (--json always does)")
+
+
+def _add_inspect(commands: Commands[Parser]) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what a checkpoint holds",
+        description="Show the tree of a checkpoint, the newest unless told otherwise: tensors with dtype, shape and "
+        "size, values, metadata, files. Layers that are alike are shown once. No tensor is read.",
+        epilog="example: aiockpt inspect runs/exp1 --tensors 'model.layers.0'",
+    )
+    _add_run(inspect, or_step="a run directory, or the directory of one step")
+    _add_step(inspect)
+    _add_tensors(inspect, "list the tensors with these names, and where each lies")
+
+
+def _add_diff(commands: Commands[Parser]) -> None:
+    diff = commands.add_parser(
+        "diff",
+        help="compare two checkpoints, tensor by tensor",
+        description="Compare two steps of a run: what came, what went, what has another form, and how far each tensor "
+        "moved, the furthest first. Every byte that is read is verified. The exit status is 0 whether they differ or "
+        "not.",
+        epilog="example: aiockpt diff runs/exp1 1000 2000 --tensors 'model.*'",
+    )
+    _add_run(diff)
+    for name in ("a", "b"):
+        step = diff.add_argument(name, type=_step, metavar=name.upper(), help="training step")
+        completion.attach(step, completion.steps)
+    _add_tensors(diff, "compare only what has these names")
+    diff.add_argument("--limit", type=_count, metavar="N", help="rows of the table (default: 20; all with --json)")
 
 
 def _add_verify(commands: Commands[Parser]) -> None:
@@ -67,7 +100,7 @@ def _add_verify(commands: Commands[Parser]) -> None:
         description="Read a checkpoint whole, the newest unless told otherwise, and compare every checksum. "
         "Exit status 1 says that one is bad.",
     )
-    _add_run(verify)
+    _add_run(verify, or_step="a run directory, or the directory of one step")
     which = verify.add_mutually_exclusive_group()
     _add_step(which)
     which.add_argument("--all", action="store_true", help="every step")
@@ -113,6 +146,15 @@ def _add_run(parser: argparse.ArgumentParser, or_step: str = "run directory, as 
 def _add_step(parser: argparse._ActionsContainer) -> None:
     step = parser.add_argument("--step", type=_step, metavar="N", help="this step instead of the newest")
     completion.attach(step, completion.steps)
+
+
+def _add_tensors(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument(
+        "--tensors",
+        action="append",
+        metavar="GLOB",
+        help=f"{help}; dotted, with * ? [seq], and with all that is below; may be given again",
+    )
 
 
 def _step(text: str) -> int:

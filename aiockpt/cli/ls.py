@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
-from typing import TYPE_CHECKING
 
-from aiockpt.cli.listing import Listing, read_listing
-from aiockpt.cli.screen import console, print_json, size_text
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from aiockpt.cli.listing import Checkpoint, read_listing
+from aiockpt.cli.screen import console, counted, local_time, print_json, printable, size_text
+from aiockpt.cli.table import Cell, Column, table
 
 __all__ = ["run"]
+
+_SHOWN = 50
+"""Checkpoints that are listed without --all; a run may have ten thousand."""
+_COLUMNS = (
+    Column("step", right=True),
+    Column("size", right=True),
+    Column("saved", right=True),
+    Column("save", right=True, rank=1),
+    Column("", rank=2),
+)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,42 +29,24 @@ def run(args: argparse.Namespace) -> int:
         return 0
     screen = console()
     listing = read_listing(args.run)
-    if listing.checkpoints:
-        screen.print(_table(listing))
-    count = len(listing.checkpoints)
+    shown = listing.checkpoints if args.all else listing.checkpoints[:_SHOWN]
+    if shown:
+        rows = [_row(entry, is_newest=index == 0) for index, entry in enumerate(shown)]
+        screen.print(table(_COLUMNS, rows, screen.width), soft_wrap=True)
+    if older := listing.checkpoints[len(shown) :]:
+        screen.print(f"… {len(older):,} older, to step {older[-1].step}: --all lists them", style="dim", soft_wrap=True)
     total = size_text(sum(entry.nbytes for entry in listing.checkpoints))
-    screen.print(f"{count} checkpoint{'' if count == 1 else 's'}, {total}, in {listing.run}", soft_wrap=True)
+    count = counted(len(listing.checkpoints), "checkpoint")
+    screen.print(f"{count}, {total}, in {printable(listing.run)}", soft_wrap=True)
     for damaged in listing.damaged:
-        screen.print(f"damaged: {os.path.basename(damaged.path)}: {damaged.why}", style="red", soft_wrap=True)
+        name = os.path.basename(damaged.path)
+        screen.print(f"damaged: {name}: {printable(damaged.why)}", style="red", soft_wrap=True)
     for bad in listing.bad:
         screen.print(f"put aside as bad: {os.path.basename(bad.path)}", style="yellow", soft_wrap=True)
     return 0
 
 
-def _table(listing: Listing) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("step", "size", "saved", "save"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("")
-    for index, entry in enumerate(listing.checkpoints):
-        table.add_row(
-            str(entry.step),
-            size_text(entry.nbytes),
-            _local_time(entry.created),
-            str(entry.ordinal),
-            "newest" if index == 0 else "",
-            style="bold" if index == 0 else None,
-        )
-    return table
-
-
-def _local_time(created: str | None) -> str:
-    """Return a time of the manifest as this machine's clock shows it; as it stands where it is no such time."""
-    if created is None:
-        return "-"
-    try:
-        return datetime.datetime.fromisoformat(created).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-    except ValueError:
-        return created
+def _row(entry: Checkpoint, *, is_newest: bool) -> list[Cell | str]:
+    style = "bold" if is_newest else ""
+    texts = (str(entry.step), size_text(entry.nbytes), local_time(entry.created), str(entry.ordinal))
+    return [*(Cell(text, style) for text in texts), Cell("newest" if is_newest else "", style)]

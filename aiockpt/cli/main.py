@@ -24,6 +24,8 @@ __all__ = ["main"]
 
 _COMMANDS = {
     "ls": "aiockpt.cli.ls",
+    "inspect": "aiockpt.cli.inspect",
+    "diff": "aiockpt.cli.diff",
     "verify": "aiockpt.cli.verify",
     "rm": "aiockpt.cli.rm",
     "demo": "aiockpt.cli.demo",

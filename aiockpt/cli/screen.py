@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
+import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -10,7 +14,21 @@ import msgspec
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["MissingExtraError", "console", "print_json", "printable", "size_text"]
+__all__ = [
+    "MissingExtraError",
+    "console",
+    "counted",
+    "local_time",
+    "print_json",
+    "printable",
+    "reading_bar",
+    "size_text",
+]
+
+_WIDE = 70
+"""Columns of a terminal that has room for more than what is needed."""
+_ENDLESS = 1 << 20
+"""Columns of a pipe or a file: nothing is cut there, and rich pads nothing to it."""
 
 
 class MissingExtraError(Exception):
@@ -18,7 +36,7 @@ class MissingExtraError(Exception):
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return the console to print on.
+    """Return the console to print on: a terminal in its width, anything else as wide as the text is.
 
     Raises:
         MissingExtraError: rich is not installed.
@@ -27,7 +45,32 @@ def console(*, stderr: bool = False) -> Console:
         from rich.console import Console
     except ImportError as exc:
         raise MissingExtraError("the screen needs rich: pip install 'aiockpt[cli]' (--json works without it)") from exc
-    return Console(stderr=stderr, highlight=False, emoji=False, markup=False)
+    made = Console(stderr=stderr, highlight=False, emoji=False, markup=False)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = _ENDLESS
+    return made
+
+
+@contextmanager
+def reading_bar(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Show a bar of bytes read on standard error, where that is a terminal, until the block ends.
+
+    Args:
+        what: Is read.
+        total: Bytes; None where that is not known.
+
+    Yields:
+        A function that moves the bar on by a number of bytes, from any thread.
+    """
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    screen = console(stderr=True)
+    columns = [TextColumn("{task.description}"), BarColumn(bar_width=None), DownloadColumn(binary_units=True)]
+    if screen.width >= _WIDE:
+        columns += [TransferSpeedColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=screen, transient=True, expand=True, disable=not screen.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda nbytes: bar.advance(task, nbytes)
 
 
 def print_json(value: Any) -> None:
@@ -45,6 +88,21 @@ def size_text(nbytes: float) -> str:
         if value < 1000 or unit == "TiB":
             break
     return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
+
+
+def local_time(created: str | None) -> str:
+    """Return a time of a manifest as this machine's clock shows it; as it stands where it is no such time."""
+    if created is None:
+        return "-"
+    try:
+        return datetime.datetime.fromisoformat(created).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError):
+        return printable(created)
+
+
+def counted(count: int, what: str) -> str:
+    """Return ``1 tensor``, ``2 tensors``."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def printable(text: str) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from aiockpt.cli.listing import Checkpoint, Damaged, Listing, find, read_listing
-from aiockpt.cli.screen import console, print_json, size_text
+from aiockpt.cli.listing import Checkpoint, Damaged, Listing, find, newest, read_target
+from aiockpt.cli.screen import console, print_json, reading_bar, size_text
 from aiockpt.errors import CheckpointCorruptError, StepNotFoundError
 from aiockpt.format.names import MANIFEST_NAME
 from aiockpt.storage.verify import verify_checkpoint
@@ -52,14 +52,15 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 def run(args: argparse.Namespace) -> int:
     """Verify what was asked for; 1 where something is bad."""
     screen = None if args.json else console()
-    listing = read_listing(args.run)
+    listing = read_target(args.run)
     verdicts: list[Verdict] = []
     for entry in _wanted(listing, args.step, every=args.all):
-        with nullcontext() if screen is None else _progress(entry) as progress:
+        nbytes = entry.nbytes if isinstance(entry, Checkpoint) else None
+        with nullcontext() if screen is None else reading_bar(f"step {entry.step}", nbytes) as progress:
             verdict = _verify(entry, progress)
         if verdict is None:
             if not args.all:
-                find(read_listing(args.run), entry.step)  # says that it is gone
+                find(read_target(args.run), entry.step)  # says that it is gone
             continue
         verdicts.append(verdict)
         if screen is not None:
@@ -75,9 +76,7 @@ def _wanted(listing: Listing, step: int | None, *, every: bool) -> list[Checkpoi
     if step is not None:
         return [find(listing, step)]
     if not listing.checkpoints and not listing.damaged:
-        raise StepNotFoundError(
-            f"{listing.run} has no checkpoint to verify", next="check the path", path=listing.run, step=step
-        )
+        newest(listing)  # says that there is none
     if every:
         return sorted((*listing.checkpoints, *listing.damaged), key=lambda entry: entry.step)
     return [*listing.checkpoints[:1], *listing.damaged]
@@ -106,25 +105,6 @@ def _verify(entry: Checkpoint | Damaged, progress: Callable[[int], None] | None)
             why=exc.why,
         )
     return Verdict(step=entry.step, path=entry.path, ok=True, nbytes=nbytes, seconds=time.monotonic() - start)
-
-
-@contextmanager
-def _progress(entry: Checkpoint | Damaged) -> Iterator[Callable[[int], None]]:
-    """Show a bar on standard error, where that is a terminal, until the block ends."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    screen = console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    total = entry.nbytes if isinstance(entry, Checkpoint) else None
-    with Progress(*columns, console=screen, transient=True, expand=True, disable=not screen.is_terminal) as bar:
-        task = bar.add_task(f"step {entry.step}", total=total)
-        yield lambda nbytes: bar.advance(task, nbytes)
 
 
 def _show(screen: Console, verdict: Verdict) -> None:

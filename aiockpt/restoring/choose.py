@@ -7,8 +7,8 @@ import os
 from typing import NamedTuple
 
 from aiockpt.errors import CheckpointCorruptError, ConfigError, StepNotFoundError
-from aiockpt.format.names import MANIFEST_NAME, RUN_RECORD_NAME, parse_step
-from aiockpt.storage.run_directory import Committed, Scan, scan
+from aiockpt.format.names import MANIFEST_NAME, parse_step
+from aiockpt.storage.run_directory import Committed, Scan, is_step_directory, scan
 from aiockpt.storage.run_record import check_run
 
 __all__ = ["Candidate", "Choice", "choose"]
@@ -52,7 +52,7 @@ def choose(path: str | os.PathLike[str], step: int | None) -> Choice:
         raise ConfigError(
             "step was refused", why=f"{step!r} is not an int >= 0", next="give a training step", argument="step"
         )
-    if _is_step_directory(where):
+    if is_step_directory(where):
         named = parse_step(os.path.basename(where))
         if step is not None and named not in (None, step):
             raise ConfigError(
@@ -78,12 +78,6 @@ def _absolute(path: str | os.PathLike[str]) -> str:
             argument="path",
         )
     return os.path.abspath(given)
-
-
-def _is_step_directory(path: str) -> bool:
-    if os.path.lexists(f"{path}/{MANIFEST_NAME}"):
-        return True
-    return parse_step(os.path.basename(path)) is not None and not os.path.lexists(f"{path}/{RUN_RECORD_NAME}")
 
 
 def _newest_first(run: str, found: Scan) -> Choice:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from aiockpt.errors import CheckpointCorruptError
 from aiockpt.format.manifest import HEAD_NBYTES, parse_head
-from aiockpt.format.names import MANIFEST_NAME, parse_step, parse_term, step_name
+from aiockpt.format.names import MANIFEST_NAME, RUN_RECORD_NAME, parse_step, parse_term, step_name
 from aiockpt.storage.failures import refused, storage_error, storage_errors
 
-__all__ = ["Committed", "Scan", "Unreadable", "find_committed", "highest_term", "open_run", "scan"]
+__all__ = ["Committed", "Scan", "Unreadable", "find_committed", "highest_term", "is_step_directory", "open_run", "scan"]
 
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _OPEN_HEAD = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO of that name must not hang the scan
@@ -62,6 +62,13 @@ def open_run(run: str) -> int:
         raise refused(run, "it is a file, or a part of its path is one", "give the path of a directory") from exc
     except OSError as exc:
         raise storage_error("a run directory was not opened", exc, path=run) from exc
+
+
+def is_step_directory(path: str) -> bool:
+    """Tell whether a path is that of one checkpoint, damaged or not, and not of a run."""
+    if os.path.lexists(f"{path}/{MANIFEST_NAME}"):
+        return True
+    return parse_step(os.path.basename(path)) is not None and not os.path.lexists(f"{path}/{RUN_RECORD_NAME}")
 
 
 def scan(run: str) -> Scan:
