@@ -262,6 +262,8 @@ class Saves:
             if save.state is state:
                 save.move(event)
         save.stamp("durable")
+        for name in ("blocked", "staged"):  # so fast that save() had no turn to return
+            save.timings.setdefault(name, save.timings["durable"])
         save.timings |= timings
         gone = {parse_step(name) for name in pruned} | {save.step}
         assert save.begin is not None
@@ -328,9 +330,7 @@ def _observe_writing(save: SaveRecord) -> None:
 
 def _log_commit(saved: Saved) -> None:
     """Write the one line of a checkpoint: figures for programs to find, in an order for people to read."""
-    durable = saved.timings["durable"]
-    # Where one lacks, its end comes a moment behind the commit: a thread had no turn to note it yet.
-    blocked, staged = (saved.timings.get(name, durable) for name in ("blocked", "staged"))
+    blocked, staged, durable = (saved.timings[name] for name in ("blocked", "staged", "durable"))
     _log.info(
         "step %d saved: nbytes=%d blocked_s=%.4f staged_s=%.4f durable_s=%.4f gbps=%.3f path=%s",
         *(saved.step, saved.nbytes, blocked, staged, durable, Rate().plus(saved.nbytes, durable).gbps, saved.path),

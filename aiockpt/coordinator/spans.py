@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,10 +36,10 @@ class OpenSpan:
 
     __slots__ = ("_began_ns", "_span", "_spans")
 
-    def __init__(self, spans: Spans, span: Span) -> None:
+    def __init__(self, spans: Spans, span: Span, began_ns: int) -> None:
         self._spans: Spans | None = spans
         self._span = span
-        self._began_ns = time.perf_counter_ns()
+        self._began_ns = began_ns
 
     @property
     def is_open(self) -> bool:
@@ -101,7 +101,6 @@ class Spans:
         self._observer = observer
         self._run = run
         self._on_left_out = on_left_out
-        self._numbers = itertools.count(1)
         self._calls: SimpleQueue[Call | None] = SimpleQueue()  # put() is one C call, safe in a finalizer
         self._thread: threading.Thread | None = None
 
@@ -119,15 +118,16 @@ class Spans:
         if self._calls.qsize() >= MAX_BACKLOG:
             self._on_left_out()
             return NO_SPAN
+        began_ns, started_at_ns = time.perf_counter_ns(), time.time_ns()
         span = Span(
             name=name,
-            id=next(self._numbers),
+            id=int.from_bytes(os.urandom(6)),  # the program's own random numbers are left alone
             parent_id=parent_id,
-            started_at_ns=time.time_ns(),
+            started_at_ns=started_at_ns,
             attributes=_known(attributes if parent_id else {"run": self._run, **attributes}),
         )
         self._calls.put(partial(self._observer.started, span))
-        return OpenSpan(self, span)
+        return OpenSpan(self, span, began_ns)
 
     def ended(self, span: Span, elapsed_ns: int, error: BaseException | None) -> None:
         """Tell of a span's end."""

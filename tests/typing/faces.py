@@ -28,3 +28,25 @@ def synchronous(ckpt: blocking.Checkpointer, state: dict[str, Any]) -> None:
     assert_type(ckpt.restore(state, step=3), aiockpt.Restored | None)
     assert_type(blocking.steps("run"), list[int])
     assert_type(ckpt.statistics(), aiockpt.Statistics)
+    assert_type(ckpt.statistics().phases.stage.total_s, float)
+
+
+class Watching(aiockpt.Observer):
+    """Defines what it is interested in, and inherits the rest."""
+
+    def completed(self, span: aiockpt.Span, elapsed_ns: int) -> None:
+        assert_type(span.parent_id, int | None)
+        assert_type(span.attributes, dict[str, str | int | float | bool])
+
+
+class Alike:
+    """Derives from nothing, and is an observer all the same."""
+
+    def started(self, span: aiockpt.Span) -> None: ...
+    def completed(self, span: aiockpt.Span, elapsed_ns: int) -> None: ...
+    def failed(self, span: aiockpt.Span, elapsed_ns: int, error: BaseException) -> None: ...
+
+
+def observed() -> None:
+    aiockpt.Checkpointer("run", observer=Watching())
+    blocking.Checkpointer("run", observer=Alike())
