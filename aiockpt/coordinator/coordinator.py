@@ -32,8 +32,9 @@ from aiockpt.coordinator.schedule import Schedule
 from aiockpt.coordinator.spans import OpenSpan, Spans
 from aiockpt.coordinator.statistics import Statistics
 from aiockpt.coordinator.supervisor import Supervisor
+from aiockpt.coordinator.system_needs import check_system
 from aiockpt.coordinator.tally import Tally
-from aiockpt.errors import CheckpointError, ConfigError, UsageError
+from aiockpt.errors import CheckpointError, UsageError
 from aiockpt.planning.local import LocalPlan
 from aiockpt.protocol.messages import Message, Reserved, Setup
 from aiockpt.staging.guard import refuse_capture
@@ -85,8 +86,7 @@ class Coordinator:
         self.check_process()
         if self._loop is not None:
             raise UsageError("the checkpointer was opened twice", next="make a new Checkpointer for another opening")
-        if not hasattr(os, "memfd_create") or not hasattr(os, "pidfd_open"):
-            raise ConfigError("aiockpt runs on Linux only", why="it needs memfd_create and pidfd_open")
+        check_system()
         self._loop = LoopThread("aiockpt-coordinator")
         self._stager = Stager(
             snapshot=self.options.snapshot,
