@@ -26,6 +26,8 @@ _NEXT = {
     errno.ENOENT: "check that nobody removes files in the run directory",
     errno.ENAMETOOLONG: "use a shorter path, or shorter keys at the top of the state",
     errno.ENOLCK: "the file system has no locks: mount it with them (NFS: without nolock), or use another one",
+    errno.ENOSYS: "the file system lacks this call: mount it with it (Lustre's locks: -o flock), or use another one",
+    errno.EOPNOTSUPP: "the file system lacks this call: use another one",
 }
 
 

@@ -185,7 +185,8 @@ class AttemptLock:
 
 
 def _open_lock(run_fd: int) -> int:
-    return os.open(LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666, dir_fd=run_fd)
+    # No link is followed: the owner's record is written into this file, whoever made the name.
+    return os.open(LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666, dir_fd=run_fd)
 
 
 def _taken(run: str, why: str, next: str) -> ConfigError:

@@ -11,6 +11,7 @@ import pytest
 
 from aiockpt.errors import ConfigError, StorageError
 from aiockpt.storage import claim as claim_module
+from aiockpt.storage import locks as locks_module
 from aiockpt.storage.claim import RunClaim
 from aiockpt.storage.commit import publish
 from aiockpt.storage.failures import FencedError
@@ -207,6 +208,19 @@ def test_a_claim_that_fails_lets_go(code: int, tmp_path: Path) -> None:
     assert os.listdir("/proc/self/fd") == before
     take(tmp_path).release()
     assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize(("code", "advice"), [(errno.ENOLCK, "nolock"), (errno.ENOSYS, "-o flock")])
+def test_a_file_system_without_locks(code: int, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS and Lustre say it in their own ways; the run is refused, with the mount option to look at."""
+
+    def lockf(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(locks_module.fcntl, "lockf", lockf)
+    with pytest.raises(StorageError) as caught:
+        take(tmp_path)
+    assert advice in caught.value.next
 
 
 @pytest.mark.process

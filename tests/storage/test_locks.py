@@ -186,6 +186,16 @@ def test_the_same_process_is_refused_and_keeps_its_lock(directory: int, tmp_path
     assert run(TRY, tmp_path) == "free"
 
 
+def test_a_link_in_the_place_of_the_lock_file(directory: int, tmp_path: Path) -> None:
+    """It is not followed: the file that it points to keeps its content."""
+    target = tmp_path / "target"
+    target.write_text("somebody's")
+    (tmp_path / ".lock").symlink_to(target)
+    with pytest.raises(OSError, match="symbolic links"):
+        RunLock.take(directory, str(tmp_path), timeout=0)
+    assert target.read_text() == "somebody's"
+
+
 def test_attempts_are_waited_for(directory: int, tmp_path: Path) -> None:
     """Byte 1 is shared among workers, and free when the last has closed its attempt, or died."""
     lock = RunLock.take(directory, str(tmp_path), timeout=0)
