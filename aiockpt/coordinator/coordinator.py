@@ -52,8 +52,6 @@ T = TypeVar("T")
 
 ABANDON_SECONDS = 5.0
 """For the worker to confirm a cancellation at close; it is killed a little later anyway."""
-OBSERVER_SECONDS = 5.0
-"""For the observer to take what it was not told of yet, at close and at the interpreter's exit."""
 EXIT_SECONDS = 30.0
 """At the interpreter's exit: for copies that are under way to end, so that the worker can finish the save."""
 
@@ -306,7 +304,7 @@ class Coordinator:
                 await self._wind_down(drain)
         finally:
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(self.spans.close, OBSERVER_SECONDS)
+                await anyio.to_thread.run_sync(self.spans.close)
             self._loop.stop()
 
     async def _wind_down(self, drain: bool) -> None:
@@ -361,7 +359,7 @@ class Coordinator:
         deadline = time.monotonic() + EXIT_SECONDS
         for save in self._desk.in_flight():
             save.wait_handed_over(max(0.0, deadline - time.monotonic()))
-        self.spans.close(OBSERVER_SECONDS)
+        self.spans.close()
         self._log_unheard()
 
     def _log_unheard(self) -> None:

@@ -23,6 +23,8 @@ _log = logging.getLogger("aiockpt.observer")
 
 MAX_BACKLOG = 1000
 """Calls of the observer that may wait; a save makes about a dozen. Beyond it new spans are left out."""
+CLOSE_SECONDS = 5.0
+"""For the observer to take what it was not told of yet, at close and at the interpreter's exit."""
 
 Attribute = str | int | float | bool | None
 Call = Callable[[], None]
@@ -103,6 +105,8 @@ class Spans:
         self._on_left_out = on_left_out
         self._calls: SimpleQueue[Call | None] = SimpleQueue()  # put() is one C call, safe in a finalizer
         self._thread: threading.Thread | None = None
+        self.close_seconds = CLOSE_SECONDS
+        """How long ``close`` waits."""
 
     def start(self) -> None:
         """Start the thread, where there is an observer."""
@@ -138,15 +142,17 @@ class Spans:
         else:
             self._calls.put(partial(self._observer.failed, span, elapsed_ns, error))
 
-    def close(self, timeout: float) -> None:
+    def close(self) -> None:
         """Begin no more spans, and wait until the observer was told of all that was; blocks, idempotent."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
         self._calls.put(None)
-        thread.join(timeout)
+        thread.join(self.close_seconds)
         if thread.is_alive():
-            _log.warning("the observer did not take its last %d calls within %.0f s", self._calls.qsize(), timeout)
+            _log.warning(
+                "the observer did not take its last %d calls within %g s", self._calls.qsize(), self.close_seconds
+            )
 
     def forget_in_child(self) -> None:
         """In a forked child, where the thread does not exist."""

@@ -29,7 +29,8 @@ def telling(observer: aiockpt.Observer) -> Iterator[Spans]:
     try:
         yield spans
     finally:
-        spans.close(60)
+        spans.close_seconds = 60
+        spans.close()
 
 
 def test_a_span_and_its_parts() -> None:
@@ -89,7 +90,7 @@ def test_without_an_observer_nothing_is_made() -> None:
     span.fail(ValueError())
     with pytest.raises(ValueError, match="passed on"), span:
         raise ValueError("passed on")
-    UNOBSERVED.close(1)
+    UNOBSERVED.close()
 
 
 def test_what_raises_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -142,7 +143,7 @@ def test_one_that_falls_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     for span in (first, *told):
         span.complete()
     observer.go_on.set()
-    spans.close(60)
+    spans.close()
     assert [span.name for span in observer.begun] == ["first", "told 0", "told 1", "told 2", "told 3"]
     assert {span.id for span in observer.begun} == observer.spans.keys()
 
@@ -154,10 +155,11 @@ def test_closing_does_not_wait_for_ever(caplog: pytest.LogCaptureFixture) -> Non
     spans.start()
     spans.begin("save").complete()
     assert observer.is_in.wait(60)
-    spans.close(0.01)
+    spans.close_seconds = 0.01
+    spans.close()
     assert "did not take its last" in caplog.text
     assert spans.begin("late") is NO_SPAN
-    spans.close(60)
+    spans.close()
     observer.go_on.set()
     wait_until(lambda: observer.ended, "what it was told before")
 

@@ -15,9 +15,8 @@ import torch
 
 import aiockpt
 from aiockpt import blocking
-from aiockpt.coordinator import coordinator
 from tests.observability.recorder import Recorder
-from tests.support import Training, stopped, wait_until
+from tests.support import Training, run_script, stopped, wait_until
 
 pytestmark = pytest.mark.process
 
@@ -152,9 +151,8 @@ def test_what_cannot_be_opened_or_restored(tmp_path: Path) -> None:
     assert recorder.one("restore")[2] is missing.value
 
 
-def test_a_slow_observer_delays_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_observer_delays_nothing(tmp_path: Path) -> None:
     """Saves become durable while it holds its first call; ``close`` waits for it, but not for long."""
-    monkeypatch.setattr(coordinator, "OBSERVER_SECONDS", 0.05)
     go_on = threading.Event()
 
     class Slow(Recorder):
@@ -163,6 +161,7 @@ def test_a_slow_observer_delays_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
     recorder = Slow()
     with blocking.Checkpointer(tmp_path, observer=recorder) as ckpt:
+        ckpt._coordinator.spans.close_seconds = 0.05
         for step in range(3):
             ckpt.save(step, STATE).result(60)
         assert recorder.ended == []
@@ -195,6 +194,30 @@ def test_without_an_observer_there_is_no_thread(tmp_path: Path) -> None:
     with blocking.Checkpointer(tmp_path) as ckpt:
         ckpt.save(0, STATE).result(60)
         assert not any(thread.name == "aiockpt-observer" for thread in threading.enumerate())
+
+
+def test_the_exit_of_a_program_that_does_not_close(tmp_path: Path) -> None:
+    """An observer that hangs does not hold it; one that does not has heard of what happened."""
+    result = run_script(
+        """
+        import sys, threading, torch, aiockpt
+
+        class Printing(aiockpt.Observer):
+            def completed(self, span, elapsed_ns):
+                print(span.name, flush=True)
+                if span.name == "prepare":
+                    threading.Event().wait()
+
+        ckpt = aiockpt.blocking.Checkpointer(sys.argv[1], observer=Printing())
+        ckpt.open()
+        ckpt._coordinator.spans.close_seconds = 0.2
+        ckpt.prepare({"x": torch.arange(10)})
+        """,
+        tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["worker_start", "open", "prepare"]
+    assert "the observer did not take its last 1 calls" in result.stderr
 
 
 def test_an_observer_may_ask_for_figures(tmp_path: Path) -> None:
