@@ -29,8 +29,8 @@ def test_one_line_per_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     run = tmp_path / "a run"
     with caplog.at_level(logging.INFO, "aiockpt"), blocking.Checkpointer(run, keep=aiockpt.Latest(1)) as ckpt:
         saved = [ckpt.save(step, STATE).result(60) for step in (3, 4)]
-    records = [record for record in caplog.records if record.name.startswith("aiockpt")]
-    assert [(record.name, record.levelno) for record in records] == [("aiockpt.save", logging.INFO)] * 2
+    records = [record for record in caplog.records if record.levelno == logging.INFO]
+    assert [record.name for record in records] == ["aiockpt.save"] * 2
     for record, one in zip(records, saved, strict=True):
         found = LINE.fullmatch(record.getMessage())
         assert found is not None, record.getMessage()
@@ -52,4 +52,4 @@ def test_no_line_without_a_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureF
             save.cancel()
         with pytest.raises(aiockpt.SaveCancelledError):
             save.result(60)
-    assert [record for record in caplog.records if record.name.startswith("aiockpt")] == []
+    assert [record for record in caplog.records if record.levelno in (logging.INFO, logging.ERROR)] == []

@@ -58,7 +58,7 @@ def test_the_spans_of_a_run(tmp_path: Path) -> None:
     assert save.attributes["path"] == saved.path
     assert save.attributes["nbytes"] == saved.nbytes
     assert len(str(save.attributes["save_id"])) == 32
-    assert elapsed_ns / 1e9 == pytest.approx(saved.timings["durable"], abs=0.05)
+    assert elapsed_ns / 1e9 == pytest.approx(saved.timings["durable"], abs=1.0)
     assert sorted(recorder.parts(save)) == ["collect", "commit", "stage", "write"]
     for name in recorder.parts(save):
         part, part_ns, _ = recorder.one(name)

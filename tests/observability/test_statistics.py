@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import torch
 
 import aiockpt
 from aiockpt import blocking
+from aiockpt.staging.pending import PendingCopies
 from tests.observability.recorder import Recorder
 from tests.support import Training, stopped, wait_until
 
@@ -153,6 +155,14 @@ def held_copies(ckpt: blocking.Checkpointer) -> Iterator[threading.Event]:
         go_on.set()
 
 
+def is_waiting_for_a_copy(thread: threading.Thread) -> bool:
+    """Whether the thread is inside of the guard's wait."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None and frame.f_code is not PendingCopies._wait.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
 def test_the_wait_of_a_step(tmp_path: Path) -> None:
     """What ``optimizer.step()`` waits for a copy under the guard is shown; steps that need not wait do not count."""
     training = Training(width=600)
@@ -165,8 +175,7 @@ def test_the_wait_of_a_step(tmp_path: Path) -> None:
             save = ckpt.save(1, training.state)
             stepping = threading.Thread(target=training.step)
             stepping.start()
-            stepping.join(0.05)
-            assert stepping.is_alive()
+            wait_until(lambda: is_waiting_for_a_copy(stepping), "the step to wait")
             go_on.set()
             stepping.join(60)
         save.result(60)
