@@ -50,7 +50,8 @@ class OpenSpan:
 
     def begin(self, name: str, **attributes: Attribute) -> OpenSpan:
         """Begin a part of this span; what is part of an ended or unobserved one is not observed either."""
-        return NO_SPAN if self._spans is None else self._spans.begin(name, parent_id=self._span.id, **attributes)
+        spans = self._spans  # once: another thread may end it meanwhile
+        return NO_SPAN if spans is None else spans.begin(name, parent_id=self._span.id, **attributes)
 
     def note(self, **attributes: Attribute) -> None:
         """Add what was not known at the beginning, and is told at the end."""
@@ -68,7 +69,7 @@ class OpenSpan:
 
     @contextmanager
     def unless_it_fails(self) -> Iterator[None]:
-        """Go on with it behind the block, which is where else it ends: failed by what leaves it."""
+        """Fail it by what leaves the block; else it goes on behind it."""
         try:
             yield
         except BaseException as exc:
