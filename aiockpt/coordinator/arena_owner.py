@@ -64,7 +64,8 @@ class ArenaOwner:
         self._asked = nbytes
         link.send(Reserve(nbytes=nbytes, capacity=self._capacity))
         await self._answered.wait()
-        fd = self._answer.result()
+        answer, self._answer = self._answer, None  # an error that we held would hold its traceback: the user's frames
+        fd = answer.result()
         view = ArenaView(fd, nbytes)
         try:
             await anyio.to_thread.run_sync(self._fault_in, view, cuda_device, limiter=self._limiter)

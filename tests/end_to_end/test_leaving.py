@@ -8,12 +8,14 @@ import signal
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import anyio
 import pytest
 import torch
+from torch import nn
 
 import aiockpt
 from aiockpt import blocking
@@ -208,3 +210,20 @@ def test_a_second_ctrl_c_ends_the_wait(tmp_path: Path) -> None:
     os.kill(worker, signal.SIGCONT)
     wait_until(lambda: not is_alive(worker), "the worker's end")
     assert blocking.steps(tmp_path) == [0]
+
+
+def test_an_arena_that_is_refused_lets_go_of_the_state(tmp_path: Path) -> None:
+    """The error is the caller's alone: held by us, its traceback would hold the model for ever."""
+
+    def fails() -> weakref.ref[nn.Module]:
+        model = nn.Linear(100, 100)
+        with (
+            pytest.raises(aiockpt.StorageError),
+            blocking.Checkpointer(tmp_path / "run", capacity=4096) as checkpointer,
+        ):
+            checkpointer.prepare({"model": model})
+        return weakref.ref(model)
+
+    model = fails()
+    gc.collect()
+    assert model() is None
