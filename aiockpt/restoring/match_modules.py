@@ -40,6 +40,7 @@ def match_module(plan: Plan, selection: Selection, target: ModuleTarget, node: N
     for name, child in children.items():
         if name not in target.read.items:
             matcher.stored_item(name, child)
+    matcher.note_missing()
     if target.read.needs_load_state_dict and matcher.any_taken:
         fresh_metadata = plan.fresh_part(metadata) if isinstance(metadata, int) and metadata < 0 else None
         plan.steps.append(LoadModule(target.path, target.read, matcher.items, fresh_metadata, strict))
@@ -53,6 +54,7 @@ class _ModuleMatcher:
         self._needs_load = read.needs_load_state_dict
         self._judged_by_module = _judged_by_module(read)
         self._live = _live_tensors(read) if self._needs_load else frozenset()
+        self._absent: list[tuple[str, Any]] = []
         self.items: dict[str, Any] = {}
         """For ``load_state_dict``, complete: what is not taken stands there as it is."""
         self.any_taken = False
@@ -65,7 +67,7 @@ class _ModuleMatcher:
             return
         if name not in children:
             if not self._judged_by_module(name):
-                self._plan.missing.append(dotted(path))
+                self._absent.append((dotted(path), item))
                 self.items[name] = item
             return
         node = children[name]
@@ -90,6 +92,17 @@ class _ModuleMatcher:
             self._take_fresh(name, node)
         else:
             self._plan.unexpected += self._plan.view.names_below(node, path)
+
+    def note_missing(self) -> None:
+        """Note the live items that the checkpoint does not have and that get nothing.
+
+        A tied weight stands under one of its names in the files of others: all of its names get what that one gets.
+        """
+        self._plan.missing += [
+            name
+            for name, item in self._absent
+            if not (isinstance(item, torch.Tensor) and self._plan.overwrites(item))
+        ]
 
     def _is_fresh(self, name: str, item: Any) -> bool:
         return self._needs_load and (id(item) not in self._live or self._judged_by_module(name))

@@ -130,6 +130,10 @@ class Plan:
             self._live[key] = entry, tensor
             self.live_names[key] = dotted(path)
 
+    def overwrites(self, tensor: torch.Tensor) -> bool:
+        """Tell whether a live tensor's memory is overwritten in place, under whatever name."""
+        return unfit_memory(tensor) is None and tensor.numel() > 0 and _memory_key(tensor) in self._live
+
     def leaves(self, changed: Mapping[Any, str]) -> list[str]:
         """Return which of the live tensors that another plan overwrote this one would leave as they are.
 

@@ -42,6 +42,30 @@ def test_of_two_saved_weights_for_one_live_one_the_later_name_counts(tmp_path: P
     assert torch.equal(live.embedding.weight, saved.head.weight)
 
 
+@pytest.mark.parametrize("kept", ["embedding.weight", "head.weight"])
+def test_a_tied_weight_may_be_saved_under_one_of_its_names(kept: str, tmp_path: Path):
+    """As in files of others, which leave the second name out; what is not tied is still missing."""
+    saved, live = Tied(), Tied()
+    write_step(tmp_path, 1, {"model": {kept: saved.embedding.weight}})
+    restore(tmp_path, {"model": live})
+    assert torch.equal(live.head.weight, saved.embedding.weight)
+    assert live.head.weight is live.embedding.weight
+    untied = Tied(tied=False)
+    before = fingerprint({"model": untied})
+    with pytest.raises(StateMismatchError) as caught:
+        restore(tmp_path, {"model": untied})
+    assert caught.value.missing == tuple(f"model.{name}" for name in untied.state_dict() if name != kept)
+    assert fingerprint({"model": untied}) == before
+
+
+def test_a_tied_weight_that_is_left_out_is_missing_under_its_other_name(tmp_path: Path):
+    """Nothing of it is read, so nothing makes up for it."""
+    write_step(tmp_path, 1, {"model": {"embedding.weight": Tied().embedding.weight}})
+    with pytest.raises(StateMismatchError) as caught:
+        restore(tmp_path, {"model": Tied()}, exclude="model.embedding")
+    assert caught.value.missing == ("model.head.weight",)
+
+
 def test_wrappers_on_either_side_do_not_matter(tmp_path: Path):
     """Compiled outside, compiled inside, or plain."""
     saved, live, inside = (nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)) for _ in range(3))
