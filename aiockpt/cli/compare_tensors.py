@@ -18,6 +18,8 @@ __all__ = ["Reader", "difference"]
 
 _PART_NBYTES = 1 << 20
 """Of both tensors at a time; in float64 an fp8 takes eight times that, and some copies of it are alive at once."""
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""The magnitudes of float4_e2m1, by the lower three bits."""
 
 
 class Reader:

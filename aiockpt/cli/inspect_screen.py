@@ -27,7 +27,7 @@ _MOST_ROOM = 60
 _TREE = (Column("", cut="middle"), Column("", cut="end"), Column("", right=True, rank=1))
 _HEAD = (Column(""), Column("", cut="end"))
 _TENSORS = (
-    Column("tensor", cut="middle"),
+    Column("tensor", cut="middle", least=44),
     Column("dtype", rank=1),
     Column("shape", cut="end"),
     Column("size", right=True),

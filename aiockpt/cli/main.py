@@ -8,6 +8,7 @@ rich.
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import io
 import os
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 
 from aiockpt.cli import completion
 from aiockpt.cli.arguments import TROUBLE, make_parser
-from aiockpt.cli.screen import MissingExtraError, printable
+from aiockpt.cli.screen import MissingExtraError, in_old_encoding, printable
 from aiockpt.errors import CheckpointError
 
 __all__ = ["main"]
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     completion.answer(parser)
     args = parser.parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # an old terminal's encoding has not all that names may have
+        codecs.register_error("aiockpt", in_old_encoding)
+        sys.stdout.reconfigure(errors="aiockpt")
     try:
         status: int = importlib.import_module(_COMMANDS[args.command]).run(args)
         sys.stdout.flush()

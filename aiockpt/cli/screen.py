@@ -18,6 +18,7 @@ __all__ = [
     "MissingExtraError",
     "console",
     "counted",
+    "in_old_encoding",
     "local_time",
     "print_json",
     "printable",
@@ -62,13 +63,23 @@ def reading_bar(what: str, total: int | None) -> Iterator[Callable[[int], None]]
     Yields:
         A function that moves the bar on by a number of bytes, from any thread.
     """
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        """In the units of all sizes here; rich's has others."""
+
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{size_text(speed)}/s" if speed else "", style="progress.data.speed")
 
     screen = console(stderr=True)
+    screen.width -= len("^C")  # which the terminal shows there: in a line that is full it would begin another one
+    disable = not screen.is_terminal or screen.is_dumb_terminal
     columns = [TextColumn("{task.description}"), BarColumn(bar_width=None), DownloadColumn(binary_units=True)]
     if screen.width >= _WIDE:
-        columns += [TransferSpeedColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=screen, transient=True, expand=True, disable=not screen.is_terminal) as bar:
+        columns += [Rate(), TimeRemainingColumn()]
+    with Progress(*columns, console=screen, transient=True, expand=True, disable=disable) as bar:
         task = bar.add_task(what, total=total)
         yield lambda nbytes: bar.advance(task, nbytes)
 
@@ -110,3 +121,13 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+_PLAIN = {"…": "...", "→": "->", "\N{MULTIPLICATION SIGN}": "x", "│": "|", "├": "|", "└": "`", "─": "-"}
+
+
+def in_old_encoding(error: UnicodeError) -> tuple[str, int]:
+    """Replace what an encoding does not have; an error handler for ``codecs.register_error``."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return _PLAIN.get(error.object[error.start], "?"), error.start + 1

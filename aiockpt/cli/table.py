@@ -44,7 +44,7 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell | str]], width
 
     Args:
         columns: From left to right.
-        rows: A cell for each column, in one line.
+        rows: A cell for each column, in one line; one with nothing behind its first cell has the whole line for it.
         width: Of the terminal.
     """
     from rich.cells import cell_len
@@ -52,7 +52,8 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell | str]], width
 
     cells = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in rows]
     sizes = [[cell_len(cell.text) for cell in row] for row in cells]
-    natural = [max((cell_len(c.title), *(row[i] for row in sizes))) for i, c in enumerate(columns)]
+    full = [row for row in sizes if len(columns) == 1 or any(row[1:])]
+    natural = [max((cell_len(c.title), *(row[i] for row in full))) for i, c in enumerate(columns)]
     filled = [i for i, c in enumerate(columns) if not c.rank or any(row[i] for row in sizes)]
     shown = _shown(columns, natural, filled, width)
     widths = _widths(columns, natural, shown, width)
@@ -60,7 +61,9 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell | str]], width
     if any(column.title for column in columns):
         titles = [Cell(column.title, "bold") for column in columns]
         lines.append(_line(columns, shown, widths, titles, [cell_len(column.title) for column in columns]))
-    lines += [_line(columns, shown, widths, row, size) for row, size in zip(cells, sizes, strict=True)]
+    alone = [width, *widths[1:]]
+    for row, size in zip(cells, sizes, strict=True):
+        lines.append(_line(columns, shown, widths if any(size[1:]) else alone, row, size))
     return Text("\n").join(lines)
 
 

@@ -6,15 +6,16 @@ import argparse
 import os
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from aiockpt.cli.listing import Checkpoint, Damaged, Listing, find, newest, read_target
-from aiockpt.cli.screen import console, print_json, reading_bar, size_text
-from aiockpt.errors import CheckpointCorruptError, StepNotFoundError
+from aiockpt.cli.screen import console, counted, print_json, reading_bar, size_text
+from aiockpt.errors import CheckpointCorruptError, CheckpointError, StepNotFoundError
 from aiockpt.format.names import MANIFEST_NAME
+from aiockpt.storage.readers import open_checkpoint
 from aiockpt.storage.verify import verify_checkpoint
 
 if TYPE_CHECKING:
@@ -55,8 +56,7 @@ def run(args: argparse.Namespace) -> int:
     listing = read_target(args.run)
     verdicts: list[Verdict] = []
     for entry in _wanted(listing, args.step, every=args.all):
-        nbytes = entry.nbytes if isinstance(entry, Checkpoint) else None
-        with nullcontext() if screen is None else reading_bar(f"step {entry.step}", nbytes) as progress:
+        with nullcontext() if screen is None else reading_bar(f"step {entry.step}", _nbytes(entry)) as progress:
             verdict = _verify(entry, progress)
         if verdict is None:
             if not args.all:
@@ -66,6 +66,9 @@ def run(args: argparse.Namespace) -> int:
         if screen is not None:
             _show(screen, verdict)
     ok = all(verdict.ok for verdict in verdicts)
+    if screen is not None and len(verdicts) > 1:
+        bad = sum(not verdict.ok for verdict in verdicts)
+        screen.print(f"{counted(len(verdicts), 'checkpoint')}, {f'{bad} BAD' if bad else 'all good'}")
     if args.json:
         print_json(Report(run=listing.run, ok=ok, checkpoints=verdicts))
     return 0 if ok else 1
@@ -80,6 +83,13 @@ def _wanted(listing: Listing, step: int | None, *, every: bool) -> list[Checkpoi
     if every:
         return sorted((*listing.checkpoints, *listing.damaged), key=lambda entry: entry.step)
     return [*listing.checkpoints[:1], *listing.damaged]
+
+
+def _nbytes(entry: Checkpoint | Damaged) -> int | None:
+    """Return what there is to read, where that can be known."""
+    with suppress(CheckpointError), open_checkpoint(entry.path) as checkpoint:
+        return sum(record.nbytes for record in checkpoint.manifest.files)
+    return None
 
 
 def _verify(entry: Checkpoint | Damaged, progress: Callable[[int], None] | None) -> Verdict | None:
@@ -109,8 +119,8 @@ def _verify(entry: Checkpoint | Damaged, progress: Callable[[int], None] | None)
 
 def _show(screen: Console, verdict: Verdict) -> None:
     if verdict.ok:
-        rate = verdict.nbytes / verdict.seconds / 1e9 if verdict.seconds else 0.0
-        screen.print(f"step {verdict.step}: good, {size_text(verdict.nbytes)} at {rate:.2g} GB/s", style="green")
+        rate = size_text(verdict.nbytes / max(verdict.seconds, 1e-9))
+        screen.print(f"step {verdict.step}: good, {size_text(verdict.nbytes)} at {rate}/s", style="green")
         return
     file = os.path.relpath(verdict.file, verdict.path) if verdict.file else "?"
     place = f"{file}, offset {verdict.offset}" if verdict.offset is not None else file
