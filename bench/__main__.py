@@ -13,7 +13,7 @@ from bench.process import EntrantFailedError
 from bench.results import Report
 from bench.table import Column, render
 
-__all__ = ["QUESTIONS", "Question", "main"]
+__all__ = ["QUESTIONS", "Question", "load_questions", "main", "parser_of"]
 
 QUESTIONS = ("save", "restore", "small", "interference")
 """Each is a module of this package."""
@@ -37,8 +37,8 @@ class Question(Protocol):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one benchmark and print its table; 1 where our own side failed."""
-    questions = {name: cast("Question", importlib.import_module(f"bench.{name}")) for name in QUESTIONS}
-    args = _arguments(questions, argv)
+    questions = load_questions()
+    args = parser_of(questions).parse_args(argv)
     question = questions[args.question]
     args.dir = args.dir.resolve()
     args.dir.mkdir(parents=True, exist_ok=True)
@@ -55,12 +55,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _arguments(questions: dict[str, Question], argv: list[str] | None) -> argparse.Namespace:
+def load_questions() -> dict[str, Question]:
+    """Import the modules of all questions."""
+    return {name: cast("Question", importlib.import_module(f"bench.{name}")) for name in QUESTIONS}
+
+
+def parser_of(questions: dict[str, Question]) -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure aiockpt beside floors and peers.")
     commands = parser.add_subparsers(dest="question", required=True, metavar="QUESTION")
     for name, question in questions.items():
         question.add_arguments(commands.add_parser(name, help=question.HELP, description=question.HELP))
-    return parser.parse_args(argv)
+    return parser
 
 
 if __name__ == "__main__":

@@ -123,6 +123,12 @@ def measure(args: argparse.Namespace, say: runner.Say) -> Report:
                 report.skipped.append(runner.skip(key, exc))
             finally:
                 shutil.rmtree(own, ignore_errors=True)
+    alone = statistics.median(row["step_alone_s"] for row in report.rows)
+    if not 0.5 <= alone / (args.step_ms / 1e3) <= 1.5:
+        report.notes.append(
+            f"a step alone took {seconds_text(alone)}, not the {args.step_ms} ms that --step-ms asked for: "
+            "the machine was not idle, or one optimizer step takes longer"
+        )
     return report
 
 

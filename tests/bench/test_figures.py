@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from bench import arguments, interference, restore, save, small
+from bench.__main__ import load_questions, parser_of
 from bench.entrants import INTERFERENCES, OURS, RESTORES, SAVES, SMALLS, Key
 from bench.plot import draw
 from bench.results import Floors, Measured, Report, Round, percentile, spread
 from bench.sizes import seconds_text, size_argument, size_text
 from bench.table import render
 
+PAGE = Path(__file__).resolve().parent.parent.parent / "docs/benchmarks.md"
 FLOORS = Floors({"memcpy": 2, "write": 1, "read": 8}, {"memcpy": [10.0, 12.0], "write": [2.0, 2.0], "read": [4.0]})
 MACHINE = {
     "cpu": "C",
@@ -161,6 +163,13 @@ def test_ours_is_always_measured() -> None:
         assert {key.system for key in arguments.chosen(entries, "none")} == {OURS}
         assert next(iter(arguments.chosen(entries, "all"))).system == OURS
         assert arguments.chosen(entries, "all") == entries
+
+
+def test_the_commands_of_the_page_are_understood() -> None:
+    """Each line in docs/benchmarks.md that runs a benchmark."""
+    parser = parser_of(load_questions())
+    lines = [line.split(" -m bench ")[1] for line in PAGE.read_text().splitlines() if " -m bench " in line]
+    assert {parser.parse_args(line.split()).question for line in lines} >= {"save", "restore", "small", "interference"}
 
 
 def test_a_peer_is_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
