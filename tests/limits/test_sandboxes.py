@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import run_script
+from tests.support import ROOT, run_script
 
 pytestmark = pytest.mark.process
 
@@ -54,16 +54,22 @@ SCRIPT = """
 )
 def test_a_refused_system_call(call: str, code: str) -> None:
     """The error names the call, and what to change."""
-    assert_refused(call, code)
+    what, why, next_step = refusal(call, code).splitlines()
+    assert what == "aiockpt does not run here"
+    assert why.startswith(f"why: {call}: ")
+    assert "Linux 5.4" in next_step
+    assert "seccomp" in next_step
 
 
 def test_opening_where_a_call_is_refused(tmp_path: Path) -> None:
-    """It is the first thing that open() looks at: the run is not touched."""
-    assert_refused("pidfd_open", "EPERM", tmp_path / "run")
+    """It is the first thing that open() looks at: the run is not touched. The page shows this very error."""
+    said = refusal("pidfd_open", "EPERM", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    assert f"```\n{said}```\n" in (ROOT / "docs/limits.md").read_text()
 
 
-def assert_refused(call: str, code: str, *arguments: object) -> None:
+def refusal(call: str, code: str, *arguments: object) -> str:
+    """Return what a process says in which this call fails with this code."""
     numbers = NUMBERS.get(platform.machine())
     if numbers is None:
         pytest.skip(f"the numbers of system calls on {platform.machine()} are not known here")
@@ -71,8 +77,4 @@ def assert_refused(call: str, code: str, *arguments: object) -> None:
     if done.stderr.startswith("no seccomp"):
         pytest.skip(done.stderr)
     assert (done.returncode, done.stderr) == (0, "")
-    what, why, next_step = done.stdout.splitlines()
-    assert what == "aiockpt does not run here"
-    assert why.startswith(f"why: {call}: ")
-    assert "Linux 5.4" in next_step
-    assert "seccomp" in next_step
+    return done.stdout

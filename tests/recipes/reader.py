@@ -1,4 +1,4 @@
-"""A reader of docs/recipes.md, who pastes its files into an empty folder and runs them."""
+"""A reader of the pages, who pastes their files into an empty folder and runs them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from tests.markdown import files
 from tests.support import ROOT
 
 RECIPES = files("docs/recipes.md")
-MODULES = ("training", "transformers_callback", "lightning_callback")
-"""Files of the page that others import."""
+MIGRATIONS = files("docs/migration.md")
+FILES = RECIPES | MIGRATIONS
+MODULES = ("training", "transformers_callback", "language_model", "lightning_callback", "lightning_module")
+"""Files that others import."""
 
 
 class Interrupted(Exception):
@@ -28,40 +30,32 @@ class Interrupted(Exception):
 
 
 class Reader:
-    """One folder with the page's files in it."""
+    """One folder with the pages' files in it."""
 
     def __init__(self, folder: Path, *, steps: int | None = None) -> None:
         """Paste the files; ``steps`` is what the reader makes of ``STEPS`` in training.py."""
         self.folder = folder
         folder.mkdir()
-        for name, block in RECIPES.items():
+        for name, block in FILES.items():
             if name.endswith(".py"):
                 (folder / name).write_text(block.code)
         if steps is not None:
-            training = folder / "training.py"
-            training.write_text(re.sub(r"STEPS = \d+", f"STEPS = {steps}", training.read_text()))
+            self.train_for(steps)
+
+    def train_for(self, steps: int) -> None:
+        """Change ``STEPS`` in training.py."""
+        training = self.folder / "training.py"
+        training.write_text(re.sub(r"STEPS = \d+", f"STEPS = {steps}", training.read_text()))
 
     def run(self, name: str, **names: Any) -> dict[str, Any]:
         """Run one of the files in this process and return what it leaves."""
         with self.inside():
-            return RECIPES[name].run(**names)
+            return FILES[name].run(**names)
 
     def run_interrupted(self, name: str, *, after: int) -> None:
         """Run one of the files until its optimizer has made so many steps."""
-        made = 0
-
-        def count(*_: object) -> None:
-            nonlocal made
-            made += 1
-            if made == after:
-                raise Interrupted
-
-        hook = register_optimizer_step_post_hook(count)
-        try:
-            with pytest.raises(Interrupted):
-                self.run(name)
-        finally:
-            hook.remove()
+        with interruption(after=after):
+            self.run(name)
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
@@ -84,3 +78,22 @@ class Reader:
     def environment(self) -> dict[str, str]:
         """For a process that runs a file of the folder."""
         return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@contextlib.contextmanager
+def interruption(*, after: int) -> Iterator[None]:
+    """Interrupt the training in the block when optimizers have made so many steps."""
+    made = 0
+
+    def count(*_: object) -> None:
+        nonlocal made
+        made += 1
+        if made == after:
+            raise Interrupted
+
+    hook = register_optimizer_step_post_hook(count)
+    try:
+        with pytest.raises(Interrupted):
+            yield
+    finally:
+        hook.remove()

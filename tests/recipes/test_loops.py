@@ -10,7 +10,7 @@ import pytest
 import aiockpt
 from aiockpt import blocking
 from aiockpt.config import Every
-from tests.recipes.reader import MODULES, RECIPES, Reader
+from tests.recipes.reader import FILES, MODULES, Reader
 from tests.state.rebuild import same
 
 pytestmark = pytest.mark.process
@@ -79,7 +79,7 @@ def test_a_sweep_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == said
 
 
-def test_every_file_of_the_page_is_run() -> None:
+def test_every_file_of_the_pages_is_run() -> None:
     """A recipe without a test is none; some are imported by others."""
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
-    assert {name for name in RECIPES if f'"{name}"' not in tests} == {f"{module}.py" for module in MODULES}
+    assert {name for name in FILES if f'"{name}"' not in tests} == {f"{module}.py" for module in MODULES}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from aiockpt import blocking
-from tests.recipes.reader import Reader
+from tests.recipes.reader import Reader, interruption
 from tests.state.rebuild import same
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -48,3 +48,18 @@ def test_a_trainer_that_was_cut_ends_like_one_that_was_not(tmp_path: Path) -> No
 
 def _parameters(found: dict[str, Any]) -> dict[str, Any]:
     return {name: tensor for name, tensor in found["model"].items() if "rotary" not in name}
+
+
+def test_a_directory_of_the_trainer_is_brought_over(tmp_path: Path) -> None:
+    """It goes on behind the Trainer's own checkpoint, and ends like a Trainer that was never stopped."""
+    whole, moved = Reader(tmp_path / "whole"), Reader(tmp_path / "moved")
+    whole.run("transformers_train.py")
+    with moved.inside():
+        from language_model import arguments, build_llama  # type: ignore[import-not-found]  # the reader's
+
+        model, texts = build_llama()
+        with interruption(after=9):  # saved: 4 and 8
+            transformers.Trainer(model, arguments, train_dataset=texts).train()
+    moved.run("transformers_bring.py")
+    assert blocking.steps(moved.folder / "runs/llama") == [12, 16, 18]
+    assert same(outcome(moved)[0]["model"], outcome(whole)[0]["model"])
