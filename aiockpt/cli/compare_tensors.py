@@ -100,7 +100,7 @@ class _Sums:
         self.unequal += int(unequal.sum())
         known = distance[unequal & ~nan_x & ~nan_y]
         if known.numel():
-            self.max_abs = max(self.max_abs, float(known.nan_to_num(math.inf).max()))
+            self.max_abs = max(self.max_abs, float(known.nan_to_num(math.inf, math.inf).max()))
         finite = x.isfinite() & y.isfinite()
         self.squares += _squares(distance[finite])
         self.squares_a += _squares(x[finite])

@@ -20,7 +20,7 @@ def answer(parser: argparse.ArgumentParser) -> None:
         import argcomplete
         from argcomplete.completers import ChoicesCompleter
 
-        argcomplete.autocomplete(parser, default_completer=ChoicesCompleter({}))
+        argcomplete.autocomplete(parser, always_complete_options=False, default_completer=ChoicesCompleter({}))
 
 
 def attach(argument: argparse.Action, completer: Completer) -> None:

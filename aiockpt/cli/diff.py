@@ -75,6 +75,8 @@ def _differences(
     comparison: Comparison, a: OpenCheckpoint, b: OpenCheckpoint, advance: Callable[[int], None] | None
 ) -> list[Difference]:
     """Return which of the pairs do not have the same bytes, the furthest apart first."""
+    if not comparison.pairs:
+        return []
     import torch  # not before the arguments are known to be good
 
     from aiockpt.cli.compare_tensors import Reader, difference

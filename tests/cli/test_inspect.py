@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import aiockpt
+import aiockpt.blocking
 from tests.cli.shell import command
+from tests.restoring.writing import write_step
 
 pytestmark = pytest.mark.process
 
@@ -138,8 +139,7 @@ def test_it_holds_retention_off(trained_run: Path, tmp_path: Path) -> None:
 def test_names_cannot_write_to_the_terminal(tmp_path: Path) -> None:
     """Control characters in names, values and metadata are shown, not sent."""
     state = {"a\x1b]0;title\x07": torch.ones(2), "text": "\x1b[31m\nred", "na\u202eme": {"\x9b1m": torch.ones(1)}}
-    with aiockpt.blocking.Checkpointer(tmp_path / "run") as checkpointer:
-        checkpointer.save(1, state, metadata={"\x1b[2J": "\x1b[3J"}).result()
+    write_step(tmp_path / "run", 1, state, metadata={"\x1b[2J": "\x1b[3J"})
     for more in ((), ("--tensors", "*")):
         done = command("inspect", tmp_path / "run", *more)
         assert done.returncode == 0
