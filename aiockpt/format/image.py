@@ -26,6 +26,7 @@ __all__ = [
     "MAX_BLOCK_NBYTES",
     "MAX_HEADER_NBYTES",
     "METADATA_KEY",
+    "MOST_HEADER_NBYTES",
     "Header",
     "ImageLayout",
     "Stored",
@@ -45,11 +46,12 @@ MAX_BLOCK_NBYTES = 256 << 20
 """Of a file that is read: bounds the buffer that a reader makes for a block."""
 MAX_HEADER_NBYTES = 32 << 20
 """What a planner keeps the headers of its files below."""
+MOST_HEADER_NBYTES = 100_000_000
+"""safetensors reads no longer one."""
 METADATA_KEY = "__metadata__"
 """No tensor can have this name."""
 BLOCKS_KEY = "aiockpt.blocks"
 
-_MOST_HEADER_NBYTES = 100_000_000  # safetensors reads no longer one
 _SUM_DIGITS = 16  # xxh3-64 in hexadecimal
 _SUMS = re.compile(r"xxh3-64:([1-9][0-9]{0,11}):([0-9a-f]*)")
 _LENGTH = struct.Struct("<Q")
@@ -73,7 +75,7 @@ class ImageLayout:
     nbytes: int
     """Exact size of the file."""
     sums_at: int
-    """Offset of the first checksum digit; fixed width."""
+    """Offset of the first checksum digit; fixed width. 0 where the file carries none."""
     order: tuple[int, ...]
     """Indices of the tensors as they lie in the file."""
     offsets: tuple[int, ...]
@@ -111,12 +113,15 @@ def block_count(data_nbytes: int, block_nbytes: int = BLOCK_NBYTES) -> int:
     return -(-data_nbytes // block_nbytes)
 
 
-def lay_out(tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> ImageLayout:
+def lay_out(
+    tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None, *, with_sums: bool = True
+) -> ImageLayout:
     """Decide where each tensor of one file lies.
 
     Args:
         tensors: With distinct names; any order, the file's order follows from item size and name.
         metadata: More text for ``__metadata__``, which always has ``format: pt``.
+        with_sums: Whether it has room for block checksums, as every file of a checkpoint does.
 
     Raises:
         ValueError: A name stands twice or is ``__metadata__``, a dtype or shape is none, a key of ``metadata`` is
@@ -138,16 +143,18 @@ def lay_out(tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None = 
     if metadata and not metadata.keys().isdisjoint(("format", BLOCKS_KEY)):
         raise ValueError(f"the keys format and {BLOCKS_KEY} of the metadata are not the caller's")
     blocks = block_count(position)
-    if blocks * _SUM_DIGITS > _MOST_HEADER_NBYTES // 2:
+    if blocks * _SUM_DIGITS > MOST_HEADER_NBYTES // 2:
         raise ValueError(f"a file of {position} bytes has more checksums than a header takes")
     # The checksums are the last text, so that their place is known whatever stands in front.
-    texts = {"format": "pt", **(metadata or {}), BLOCKS_KEY: f"xxh3-64:{BLOCK_NBYTES}:" + "0" * (_SUM_DIGITS * blocks)}
+    texts = {"format": "pt", **(metadata or {})}
+    if with_sums:
+        texts[BLOCKS_KEY] = f"xxh3-64:{BLOCK_NBYTES}:" + "0" * (_SUM_DIGITS * blocks)
     head = b'{"%b":%b' % (METADATA_KEY.encode(), msgspec.json.encode(texts))
-    sums_at = _LENGTH.size + len(head) - len('"}') - _SUM_DIGITS * blocks
+    sums_at = _LENGTH.size + len(head) - len('"}') - _SUM_DIGITS * blocks if with_sums else 0
     body = msgspec.json.encode(spans)[1:]
     text = head + (b"," if spans else b"") + body
     data_start = round_up(_LENGTH.size + len(text))
-    if data_start > _MOST_HEADER_NBYTES:
+    if data_start > MOST_HEADER_NBYTES:
         raise ValueError(f"a header of {data_start} bytes is longer than readers take")
     header = _LENGTH.pack(data_start - _LENGTH.size) + text.ljust(data_start - _LENGTH.size)
     offsets = tuple(data_start + start for start in starts)
@@ -217,7 +224,7 @@ def _header_text(data: bytes, file_nbytes: int) -> bytes:
     if len(data) < _LENGTH.size:
         raise _FalseClaimError(f"the file has {len(data)} bytes, less than the {_LENGTH.size} of the header's length")
     (length,) = _LENGTH.unpack_from(data)
-    if length > min(len(data), file_nbytes) - _LENGTH.size or length > _MOST_HEADER_NBYTES:
+    if length > min(len(data), file_nbytes) - _LENGTH.size or length > MOST_HEADER_NBYTES:
         raise _FalseClaimError(f"it claims {length} bytes of header, the file has {file_nbytes}")
     return bytes(data[_LENGTH.size : _LENGTH.size + length])
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from aiockpt.errors import ConfigError, StepNotFoundError
+from aiockpt.errors import StepNotFoundError
 from aiockpt.format.names import Segments, dotted
 from aiockpt.format.tree import Node, is_blob, walk
 from aiockpt.restoring.checkpoint_view import CheckpointView
@@ -17,7 +17,7 @@ from aiockpt.restoring.run import OnBad, first_good
 from aiockpt.restoring.selection import Patterns, Selection
 from aiockpt.storage.readers import OpenCheckpoint
 
-__all__ = ["load_checkpoint"]
+__all__ = ["load_checkpoint", "selected"]
 
 
 def load_checkpoint(
@@ -53,7 +53,7 @@ def load_checkpoint(
 
     def use(checkpoint: OpenCheckpoint) -> dict[str, Any]:
         view = CheckpointView(checkpoint.manifest, f"{checkpoint.path}/manifest.json")
-        tree = _selected(view, selection)
+        tree = selected(view, selection)
         if mmap:
             maps = FileMaps(checkpoint, view)
             tensors = {entry: maps.tensor(entry) for entry in {entry for entry, _ in view.entries_below(tree)}}
@@ -82,19 +82,16 @@ def _as_dict(view: CheckpointView, value: Any) -> dict[str, Any]:
     return value
 
 
-def _selected(view: CheckpointView, selection: Selection) -> Node:
+def selected(view: CheckpointView, selection: Selection) -> Node:
+    """Return the tree without what is not selected.
+
+    Raises:
+        ConfigError: An include pattern fits no name.
+    """
     tree = view.manifest.plan.tree
     if selection.everything:
         return tree
-    names = view.names_below(tree, ())
-    idle = selection.idle_includes(names)
-    if idle:
-        raise ConfigError(
-            f"include was refused: nothing is named {', '.join(map(repr, idle))}",
-            why="the checkpoint has no such name",
-            next=f"names are dotted, as in {', '.join(map(repr, names[:3]))}",
-            argument="include",
-        )
+    selection.refuse_idle(view.names_below(tree, ()))
     kept = _pruned(view, tree, (), selection)
     return {} if kept is None else kept
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from aiockpt.errors import ConfigError
 
@@ -60,6 +61,25 @@ class Selection:
                 break
             idle = [(text, pattern) for text, pattern in idle if not (pattern.match(name) or pattern.match(name + "."))]
         return [text for text, _ in idle]
+
+    def refuse_idle(self, names: Collection[str], *, argument: str = "include") -> None:
+        """Refuse an include pattern that fits none of ``names``, which are all that a checkpoint has.
+
+        Args:
+            names: Dotted.
+            argument: What the caller calls the patterns.
+
+        Raises:
+            ConfigError: Says which.
+        """
+        idle = self.idle_includes(names)
+        if idle:
+            raise ConfigError(
+                f"{argument} was refused: nothing is named {', '.join(map(repr, idle))}",
+                why="the checkpoint has no such name",
+                next=f"names are dotted, as in {', '.join(map(repr, itertools.islice(names, 3)))}",
+                argument=argument,
+            )
 
 
 def _texts(patterns: Patterns, argument: str) -> list[str]:

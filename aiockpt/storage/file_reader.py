@@ -96,6 +96,10 @@ class FileReader:
             self._refuse(f"its blocks have {header.block_nbytes} bytes", 0)
         return header
 
+    def fileno(self) -> int:
+        """Return the descriptor of the very file that is read, for mapping it; it is closed with this object."""
+        return self._fd
+
     def check_content(self, buffer: AlignedBuffer) -> None:
         """Read a plain file and compare it with the manifest.
 

@@ -138,6 +138,16 @@ def test_one_checksum_for_each_block() -> None:
     assert parse_header(bytes(header), file="f", file_nbytes=layout.nbytes).sums == (1, 2, 3, 4)
 
 
+def test_a_file_without_checksums() -> None:
+    """As others write them: nothing of ours is in it, and nothing else lies elsewhere."""
+    tensors = [TensorSpec("a", "U8", (3,)), TensorSpec("b", "I64", (2,))]
+    plain, layout = lay_out(tensors, {"note": "x"}, with_sums=False), lay_out(tensors, {"note": "x"})
+    found = parse_header(plain.header, file="f", file_nbytes=plain.nbytes)
+    assert found.metadata == {"format": "pt", "note": "x"}
+    assert (found.block_nbytes, found.sums, plain.sums_at) == (0, (), 0)
+    assert (plain.nbytes, plain.order, plain.offsets) == (layout.nbytes, layout.order, layout.offsets)
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_wrong_number_of_checksums(count: int) -> None:
     """Checksums that do not fill their place are refused, and overwrite nothing."""

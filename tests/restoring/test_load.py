@@ -127,14 +127,14 @@ def test_a_file_that_was_replaced_is_not_mapped(tmp_path: Path, monkeypatch: pyt
 
     step = write_step(tmp_path, 1, {"m": {"x": torch.ones(3)}})
     other = write_step(tmp_path / "other", 1, {"m": {"x": torch.zeros(3)}})
-    selected = load_module._selected
+    selected = load_module.selected
 
     def replacing(view: Any, selection: Any) -> Any:
         shutil.rmtree(step)
         shutil.copytree(other, step)
         return selected(view, selection)
 
-    monkeypatch.setattr(load_module, "_selected", replacing)
+    monkeypatch.setattr(load_module, "selected", replacing)
     with pytest.raises(StepNotFoundError, match="replaced"):
         load_checkpoint(step, mmap=True)
 
