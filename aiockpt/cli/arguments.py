@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import NoReturn
 
 from aiockpt._version import __version__
@@ -15,6 +16,13 @@ TROUBLE = 2
 """Exit status where a command could not do its work."""
 
 _EXIT_STATUS = "exit status: 0 done; 1 a finding (a bad checkpoint); 2 the command could not do its work; 130 Ctrl-C"
+
+_SIZE = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?) ?([KMGT]i?B|B|)", re.ASCII | re.IGNORECASE)
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{middle}B": base**power
+    for power, letter in enumerate("KMGT", 1)
+    for middle, base in (("", 1000), ("I", 1024))
+}
 
 
 class _Help(argparse.HelpFormatter):
@@ -40,7 +48,7 @@ def make_parser() -> Parser:
     """Return the parser of the whole command line."""
     parser = Parser(
         prog="aiockpt",
-        description="Look at, compare, check and remove checkpoints.",
+        description="Look at, compare, check, remove, export and import checkpoints.",
         epilog=_EXIT_STATUS,
         formatter_class=_Help,
     )
@@ -51,6 +59,8 @@ def make_parser() -> Parser:
     _add_diff(commands)
     _add_verify(commands)
     _add_rm(commands)
+    _add_export(commands)
+    _add_import(commands)
     _add_demo(commands)
     return parser
 
@@ -118,6 +128,53 @@ def _add_rm(commands: Commands[Parser]) -> None:
     rm.add_argument("--bad", action="store_true", help="remove what a restore found bad of this step, and only that")
 
 
+def _add_export(commands: Commands[Parser]) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a checkpoint's tensors as safetensors, or as a torch.save file",
+        description="Write a checkpoint for other programs; every checksum is verified, and what is written appears "
+        "whole or not at all. DIR: model.safetensors, or shards and their index, and with --part the config.json of "
+        "the module. FILE.safetensors: that one file. FILE.pt, .pth, .bin or .ckpt: the state with its values, for "
+        "torch.load(weights_only=True). Safetensors holds tensors alone, each tied one once; complex128 becomes "
+        "float64 with a last dimension of 2. In a torch.save file numpy arrays become tensors, and a few other types "
+        "what comes nearest; the command says so.",
+        epilog="example: aiockpt export runs/exp1 --part model --to exported",
+    )
+    _add_run(export, or_step="a run directory, or the directory of one step")
+    _add_step(export)
+    target = export.add_argument("--to", required=True, metavar="DIR|FILE", help="what to make; must not exist")
+    completion.attach(target, completion.files)
+    export.add_argument(
+        "--part", metavar="NAME", help="only what stands below this name, under names without it, as in --part model"
+    )
+    _add_tensors(export, "only what has these names (of the whole state)")
+    export.add_argument(
+        "--max-shard-size",
+        type=_size,
+        metavar="SIZE",
+        help="of each file in DIR, as in 5GB or 500MiB; no tensor is cut (default: 50GB)",
+    )
+
+
+def _add_import(commands: Commands[Parser]) -> None:
+    import_ = commands.add_parser(
+        "import",
+        help="make a checkpoint of safetensors or a torch.save file",
+        description="Save what another program wrote as a checkpoint of a run, which restores and loads like any "
+        "other; it is the newest then. Tensors by name (safetensors, a module's state_dict) stand under model, the "
+        "parts of any other torch.save file under their own keys. Nothing is unpickled but what "
+        "torch.load(weights_only=True) takes.",
+        epilog="example: aiockpt import llama-7b runs/exp1 --step 0",
+    )
+    source = import_.add_argument(
+        "source", metavar="FILE|DIR", help="a safetensors or torch.save file, or a directory of safetensors files"
+    )
+    completion.attach(source, completion.files)
+    _add_run(import_, or_step="run directory; made where it is missing")
+    import_.add_argument("--step", type=_step, metavar="N", required=True, help="training step, which the run has not")
+    import_.add_argument("--part", metavar="NAME", help="put everything under this key")
+
+
 def _add_demo(commands: Commands[Parser]) -> None:
     demo = commands.add_parser(
         "demo",
@@ -161,6 +218,14 @@ def _step(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= MAX_STEP):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
+
+
+def _size(text: str) -> int:
+    found = _SIZE.fullmatch(text)
+    nbytes = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    if not nbytes:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size of at least 1 byte, such as 5GB or 500MiB")
+    return nbytes
 
 
 def _count(text: str) -> int:

@@ -29,6 +29,8 @@ _COMMANDS = {
     "diff": "aiockpt.cli.diff",
     "verify": "aiockpt.cli.verify",
     "rm": "aiockpt.cli.rm",
+    "export": "aiockpt.cli.export",
+    "import": "aiockpt.cli.import_",
     "demo": "aiockpt.cli.demo",
 }
 

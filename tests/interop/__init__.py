@@ -1,0 +1,1 @@
+"""Our files in the hands of the real libraries, and theirs in ours."""
