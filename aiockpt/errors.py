@@ -24,6 +24,8 @@ __all__ = [
     "StepExistsError",
     "StorageError",
     "CommitUnknownError",
+    "PeerFailedError",
+    "PlanMismatchError",
     "WorkerError",
     "WorkerStartError",
     "WorkerExitedError",
@@ -181,6 +183,24 @@ class StorageError(SaveError, OSError):
         # For code that knows it as an OSError only.
         self.strerror = None if self.errno is None else os.strerror(self.errno)
         self.filename = self.path
+
+
+class PlanMismatchError(SaveError):
+    """The ranks do not agree on what is saved; the message names keys and ranks, and what to do."""
+
+    FIELDS = ("step", "keys", "ranks")
+    step: int | None
+    keys: tuple[str, ...] | None
+    ranks: tuple[int, ...] | None
+
+
+class PeerFailedError(SaveError):
+    """The save failed on another rank, and so on all; what that rank met is the ``__cause__`` where it is known."""
+
+    FIELDS = ("step", "rank", "phase")
+    step: int | None
+    rank: int | None
+    phase: str | None
 
 
 class CommitUnknownError(SaveError):

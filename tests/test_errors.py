@@ -27,6 +27,8 @@ VALUES: dict[str, Any] = {
     "missing": ("a",),
     "unexpected": ("b",),
     "mismatched": ("c",),
+    "rank": 3,
+    "ranks": (0, 3),
     "skipped": {1200: "bad block"},
 }
 
@@ -47,6 +49,8 @@ PARENTS = {
     "StepExistsError": "SaveError",
     "StorageError": "SaveError",
     "CommitUnknownError": "SaveError",
+    "PlanMismatchError": "SaveError",
+    "PeerFailedError": "SaveError",
     "WorkerStartError": "WorkerError",
     "WorkerExitedError": "WorkerError",
     "RestartLimitError": "WorkerError",

@@ -10,6 +10,8 @@ from aiockpt.coordinator.save_record import SaveRecord
 from aiockpt.errors import (
     CommitUnknownError,
     ConfigError,
+    PeerFailedError,
+    PlanMismatchError,
     SaveCancelledError,
     SaveError,
     SaveTimeoutError,
@@ -53,6 +55,21 @@ def as_exception(error: WireError, save: SaveRecord) -> BaseException:
             return ConfigError(what, why=error.why, next=error.next, argument="run", path=error.path)
         case "fenced":
             return SaveError(what, why=error.why, next=error.next)
+        case "timeout":
+            return SaveTimeoutError(what, why=error.why, next=error.next, step=save.step, phase=error.phase)
+        case "mismatch":
+            return PlanMismatchError(
+                what,
+                why=error.why,
+                next=error.next,
+                step=save.step,
+                keys=tuple(error.keys),
+                ranks=tuple(error.ranks),
+            )
+        case "peer":
+            return PeerFailedError(
+                what, why=error.why, next=error.next, step=save.step, rank=error.rank, phase=error.phase
+            )
         case "internal":
             _log.error("the worker failed on step %d\n%s", save.step, error.traceback)
             return SaveError(what, why=error.why, next=error.next or "report this with the traceback in the log")

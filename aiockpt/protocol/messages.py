@@ -49,7 +49,19 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag_field="i
 class WireError(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """An error as data; the coordinator makes the exception from ``kind``."""
 
-    kind: Literal["storage", "memory", "fenced", "exists", "cancelled", "config", "unknown_commit", "internal"]
+    kind: Literal[
+        "storage",
+        "memory",
+        "fenced",
+        "exists",
+        "cancelled",
+        "config",
+        "unknown_commit",
+        "internal",
+        "peer",
+        "mismatch",
+        "timeout",
+    ]
     what: str
     why: str = ""
     next: str = ""
@@ -57,6 +69,14 @@ class WireError(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     path: str | None = None
     traceback: str = ""
     """Of an internal error, for the log."""
+    rank: int | None = None
+    """On which rank it was met, where there are several; None where no single one is to blame."""
+    phase: str = ""
+    """What that rank was doing."""
+    keys: list[str] = []
+    """Of a mismatch: the dotted names that it is about."""
+    ranks: list[int] = []
+    """Of a mismatch: the ranks that differ."""
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True, gc=False):

@@ -1,0 +1,419 @@
+"""The hub's decisions: one outcome of each save for all ranks. What was heard goes in, what is to be done comes out.
+
+Decided at the first arrival from any rank, by credits: local decisions disagreed in 708 of 1,000 simulated calls at 4
+ranks, these in none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import msgspec
+
+from aiockpt.protocol import disagreements
+from aiockpt.protocol.messages import WireError
+from aiockpt.protocol.orders import CheckPlans, Commit, Drop, Look, MakeAttempt, Output, Tell
+from aiockpt.protocol.star import (
+    Arguments,
+    Arrive,
+    Body,
+    Committing,
+    Credit,
+    End,
+    Ended,
+    GiveUp,
+    Join,
+    Leave,
+    Open,
+    OpenCall,
+    StarMessage,
+    Verdict,
+    WantBody,
+    Written,
+)
+
+__all__ = ["Hub"]
+
+
+_REMEMBERED = 1024
+"""Outcomes that are kept, for members that come late: one that is further behind is not missed but lost."""
+
+
+class _Phase(Enum):
+    DECIDED = auto()
+    """Not taken: there is nothing to write."""
+    MAKING = auto()
+    OPEN = auto()
+    COMMITTING = auto()
+    ENDED = auto()
+
+
+@dataclass(slots=True)
+class _Call:
+    """One save, on all ranks."""
+
+    n: int
+    arguments: Arguments
+    first_rank: int
+    first_at: float
+    verdict: Verdict
+    save_id: str = ""
+    attempt: int = 0
+    phase: _Phase = _Phase.DECIDED
+    arrived: dict[int, Arrive] = field(default_factory=dict)
+    written: dict[int, Written] = field(default_factory=dict)
+    plans_fit: bool = False
+    is_checking: bool = False
+    is_waiting: set[int] = field(default_factory=set)
+    """Ranks whose worker died before it had written: they come again, or are given up."""
+    ended: Ended | None = None
+
+
+class Hub:
+    """Decides for ``world`` ranks. Every method returns what is to be done, in order.
+
+    Args:
+        world: How many ranks there are; each joins.
+        new_id: Makes the id of a save.
+        arrival_timeout: Seconds from the first arrival of a save until all ranks must have called it; None: no limit.
+        return_timeout: Seconds in which a rank must have joined, at first or again; None is no limit.
+        now: The hub's monotonic clock, in seconds; clocks of other hosts are never compared with it.
+        is_first: Whether no hub of this job came before. A later one decides nothing before all ranks have joined:
+            one of them may know of a save that the earlier hub had opened.
+    """
+
+    def __init__(
+        self,
+        world: int,
+        *,
+        new_id: Callable[[], str],
+        arrival_timeout: float | None,
+        return_timeout: float | None,
+        now: float,
+        is_first: bool = True,
+    ) -> None:
+        self._world = world
+        self._new_id = new_id
+        self._arrival_timeout = arrival_timeout
+        self._return_timeout = return_timeout
+        self._calls: dict[int, _Call] = {}
+        self._bodies: set[str] = set()
+        self._wanted: set[str] = set()
+        self._joined: set[int] = set()
+        self._away = dict.fromkeys(range(world), now)
+        self._gone: dict[int, str] = {}
+        self._in_use: dict[int, int] = {}
+        """By rank: the save whose slot it has not given back."""
+        self._known: dict[int, OpenCall] = {}
+        self._ends: dict[int, End] = {}
+        """Of saves that an earlier hub decided, as members tell."""
+        self._waiting_for_all = not is_first
+        self._early: list[tuple[int, Arrive]] = []
+        self._out: list[Output] = []
+
+    # ---- members come and go
+
+    def join(self, member: Join, now: float) -> list[Output]:
+        """A worker of a rank is there, the first one or another."""
+        rank = member.rank
+        self._joined.add(rank)
+        self._away.pop(rank, None)
+        self._gone.pop(rank, None)
+        if member.slot_of is not None:
+            self._in_use[rank] = member.slot_of
+        self._ends |= {call.n: call.end for call in member.ended_calls}
+        if (open_call := member.open_call) is not None:
+            known = self._known.get(open_call.n)
+            if known is None or known.attempt < open_call.attempt:
+                self._known[open_call.n] = open_call
+        self._decide_early(now)
+        return self._take()
+
+    def lost(self, rank: int, now: float) -> list[Output]:
+        """The connection to ``rank`` broke: its worker died, or its host. Another worker may come."""
+        if rank in self._joined:
+            self._joined.discard(rank)
+            if rank not in self._gone:
+                self._away[rank] = now
+            for call in self._open():
+                if rank in call.arrived and rank not in call.written:
+                    call.is_waiting.add(rank)
+        return self._take()
+
+    def _leave(self, rank: int, why: str) -> None:
+        self._gone[rank] = why
+        for call in self._open():
+            if rank not in call.written:
+                self._fail(call, disagreements.gone(rank, why), rank=rank, phase=_phase_of(call, rank))
+
+    # ---- what members say
+
+    def hear(self, rank: int, message: StarMessage, now: float) -> list[Output]:
+        """A member says something; what makes no sense from it any more is dropped."""
+        match message:
+            case Arrive():
+                if self._waiting_for_all:
+                    self._early.append((rank, message))
+                else:
+                    self._arrive(rank, message, now)
+            case Written():
+                self._written(rank, message)
+            case GiveUp():
+                call = self._calls.get(message.n)
+                if call is not None and rank in call.arrived:
+                    self._fail(call, message.error, rank=rank, phase=message.error.phase)
+            case Credit():
+                if self._in_use.get(rank) == message.n:
+                    del self._in_use[rank]
+            case Body():
+                if message.digest in self._wanted:
+                    self._wanted.discard(message.digest)
+                    self._bodies.add(message.digest)
+                    for call in self._open():
+                        self._check_plans(call)
+            case Leave():
+                self._leave(rank, message.why)
+        return self._take()
+
+    def _decide_early(self, now: float) -> None:
+        if not self._waiting_for_all or self._joined | self._gone.keys() < set(range(self._world)):
+            return
+        self._waiting_for_all = False
+        early, self._early = self._early, []
+        for rank, arrive in early:
+            self._arrive(rank, arrive, now)
+
+    def _arrive(self, rank: int, arrive: Arrive, now: float) -> None:
+        call = self._calls.get(arrive.n)
+        if call is None:
+            call = self._calls[arrive.n] = self._decide(rank, arrive, now)
+        call.arrived[rank] = arrive
+        if call.verdict == "take" and arrive.refused is None:
+            self._in_use[rank] = call.n
+        if call.verdict != "take":
+            self._tell_verdict(call, (rank,))
+        elif call.ended is not None:
+            self._out.append(Tell((rank,), call.ended))
+        elif arrive.refused is not None:
+            self._fail(call, arrive.refused, rank=rank, phase="save")
+        elif arrive.arguments != call.arguments:
+            said = disagreements.differ(call.n, call.first_rank, call.arguments, rank, arrive.arguments)
+            self._fail(call, said, rank=rank, phase="save")
+        else:
+            self._open_for(call, rank)
+
+    def _decide(self, rank: int, arrive: Arrive, now: float) -> _Call:
+        self._forget_old(arrive.n)
+        arguments = arrive.arguments
+        verdict: Verdict = "take"
+        if arguments.when_busy != "wait" and self._in_use:
+            verdict = "skip" if arguments.when_busy == "skip" else "busy"
+        call = _Call(arrive.n, arguments, rank, now, verdict)
+        known, end = self._known.pop(arrive.n, None), self._ends.get(arrive.n)
+        if end == "skip" or end == "busy":
+            call.verdict = end
+        elif end == "failed" or (known is None and arrive.n < min(self._ends, default=0)):
+            call.ended = Ended(n=call.n, error=disagreements.failed_before())
+        elif known is not None:  # taken by an earlier hub
+            call.verdict, call.phase = "take", _Phase.MAKING
+            call.save_id, call.attempt = known.save_id, known.attempt + 1
+            self._out.append(Look(call.n, arguments.step, call.save_id))
+        elif self._gone:
+            gone = min(self._gone)
+            call.ended = Ended(n=call.n, error=disagreements.gone(gone, self._gone[gone]))
+        elif verdict == "take" and arrive.refused is None:
+            call.phase, call.save_id = _Phase.MAKING, self._new_id()
+            self._out.append(MakeAttempt(call.n, arguments.step, call.save_id, 0))
+        return call
+
+    def _open_for(self, call: _Call, rank: int) -> None:
+        digest = call.arrived[rank].digest
+        if digest not in self._bodies and digest not in self._wanted:
+            self._wanted.add(digest)
+            self._out.append(Tell((rank,), WantBody(digest=digest)))
+        if call.phase is _Phase.COMMITTING:
+            self._out.append(Tell((rank,), Committing(n=call.n)))
+        elif rank in call.is_waiting:
+            call.is_waiting.discard(rank)
+            if not call.is_waiting:
+                self._retry(call)
+        elif call.phase is _Phase.OPEN and rank not in call.written:  # else its files are durable already
+            self._tell_verdict(call, (rank,))
+        self._check_plans(call)
+
+    def _retry(self, call: _Call) -> None:
+        """All ranks write again from their snapshots: the dead worker's files may still change."""
+        call.attempt += 1
+        call.written.clear()
+        call.phase = _Phase.MAKING
+        self._out.append(MakeAttempt(call.n, call.arguments.step, call.save_id, call.attempt))
+
+    def _written(self, rank: int, message: Written) -> None:
+        call = self._calls.get(message.n)
+        if call is None or call.phase is not _Phase.OPEN or message.attempt != call.attempt:
+            return
+        call.written[rank] = message
+        if len(call.written) < self._world:
+            return
+        first = call.written[0]
+        for other, written in sorted(call.written.items()):
+            if written.values_sum != first.values_sum:
+                self._fail(call, disagreements.unequal("values", other), rank=other, phase="write")
+                return
+            if written.tensors_sum != first.tensors_sum:
+                self._fail(call, disagreements.unequal("tensors", other), rank=other, phase="write")
+                return
+        self._commit_if_ready(call)
+
+    def _check_plans(self, call: _Call) -> None:
+        if call.is_checking or call.ended is not None or len(call.arrived) < self._world:
+            return
+        if all(arrive.digest in self._bodies for arrive in call.arrived.values()):
+            call.is_checking = True
+            self._out.append(CheckPlans(call.n, _ranks_of(call)))
+
+    def _commit_if_ready(self, call: _Call) -> None:
+        if call.plans_fit and call.phase is _Phase.OPEN and len(call.written) == self._world:
+            call.phase = _Phase.COMMITTING
+            self._out.append(Tell(tuple(sorted(call.arrived)), Committing(n=call.n)))
+            self._out.append(
+                Commit(call.n, call.arguments, call.save_id, call.attempt, _ranks_of(call), dict(call.written))
+            )
+
+    # ---- answers to what was to be done
+
+    def looked(self, n: int, found: Ended | None) -> list[Output]:
+        """The checkpoint of an earlier hub's save stands (``found``), or it does not."""
+        call = self._calls.get(n)
+        if call is not None and call.ended is None:
+            if found is not None:
+                self._end(call, found)
+            else:
+                self._out.append(MakeAttempt(n, call.arguments.step, call.save_id, call.attempt))
+        return self._take()
+
+    def made(self, made: MakeAttempt, error: WireError | None) -> list[Output]:
+        """The directories of an attempt stand, or could not be made."""
+        call = self._calls.get(made.n)
+        if call is None or call.ended is not None or made.attempt != call.attempt:
+            self._out.append(Drop(made.n, made.step, made.save_id, made.attempt))
+        elif error is not None:
+            self._fail(call, error, rank=None, phase="write")
+        else:
+            call.phase = _Phase.OPEN
+            self._tell_verdict(call, tuple(sorted(call.arrived)))
+        return self._take()
+
+    def checked(self, n: int, error: WireError | None, rank: int | None = None) -> list[Output]:
+        """The plans of all ranks fit each other, or they do not."""
+        call = self._calls.get(n)
+        if call is not None and call.ended is None:
+            if error is not None:
+                self._fail(call, error, rank=rank, phase="plan")
+            else:
+                call.plans_fit = True
+                self._commit_if_ready(call)
+        return self._take()
+
+    def committed(self, n: int, outcome: Ended) -> list[Output]:
+        """The commit succeeded, failed or has an unknown end; what it is, the worker found out."""
+        call = self._calls.get(n)
+        if call is not None and call.ended is None:
+            self._end(call, outcome)
+        return self._take()
+
+    # ---- time
+
+    def tick(self, now: float) -> list[Output]:
+        """Let time pass."""
+        if self._return_timeout is not None:
+            for rank, since in list(self._away.items()):
+                if now - since >= self._return_timeout:
+                    del self._away[rank]
+                    self._leave(rank, f"no worker of it was there for {self._return_timeout:g} s")
+            self._decide_early(now)
+        for call in self._open():
+            if call.phase is _Phase.COMMITTING:
+                continue
+            elapsed = now - call.first_at
+            timeout = call.arguments.timeout
+            missing = [rank for rank in range(self._world) if rank not in call.arrived]
+            if timeout is not None and elapsed >= timeout:
+                self._fail(call, disagreements.timed_out(call.arguments), rank=None, phase="save")
+            elif missing and self._arrival_timeout is not None and elapsed >= self._arrival_timeout:
+                self._fail(
+                    call,
+                    disagreements.late(call.arguments.step, call.first_rank, missing, self._arrival_timeout),
+                    rank=missing[0],
+                    phase="save",
+                )
+        return self._take()
+
+    def next_deadline(self) -> float | None:
+        """When ``tick`` has something to do, as things stand."""
+        found: list[float] = []
+        if self._return_timeout is not None:
+            found += [since + self._return_timeout for since in self._away.values()]
+        for call in self._open():
+            if call.phase is _Phase.COMMITTING:
+                continue
+            if call.arguments.timeout is not None:
+                found.append(call.first_at + call.arguments.timeout)
+            if self._arrival_timeout is not None and len(call.arrived) < self._world:
+                found.append(call.first_at + self._arrival_timeout)
+        return min(found, default=None)
+
+    # ---- inside
+
+    def _open(self) -> list[_Call]:
+        return [call for call in self._calls.values() if call.verdict == "take" and call.ended is None]
+
+    def _fail(self, call: _Call, error: WireError, *, rank: int | None, phase: str) -> None:
+        """End a save without a checkpoint; nothing can publish it before COMMITTING, so all are told at once."""
+        if call.verdict != "take" or call.ended is not None or call.phase is _Phase.COMMITTING:
+            return
+        if call.phase is _Phase.OPEN:
+            self._out.append(Drop(call.n, call.arguments.step, call.save_id, call.attempt))
+        # where it is still being made, ``made`` drops it
+        self._end(call, Ended(n=call.n, error=msgspec.structs.replace(error, rank=rank, phase=phase)))
+
+    def _end(self, call: _Call, outcome: Ended) -> None:
+        call.ended = outcome
+        call.phase = _Phase.ENDED
+        self._out.append(Tell(tuple(sorted(call.arrived)), outcome))
+
+    def _tell_verdict(self, call: _Call, ranks: tuple[int, ...]) -> None:
+        if call.ended is not None:
+            self._out.append(Tell(ranks, call.ended))
+        elif call.verdict == "take":
+            self._out.append(Tell(ranks, Open(n=call.n, verdict="take", save_id=call.save_id, attempt=call.attempt)))
+        else:
+            self._out.append(Tell(ranks, Open(n=call.n, verdict=call.verdict)))
+
+    def _forget_old(self, n: int) -> None:
+        """Forget what no member asks for any more: one has a single save open, and asks again only for that."""
+        for old in [call.n for call in self._calls.values() if call.n < n - _REMEMBERED]:
+            if self._calls[old].ended is not None or self._calls[old].verdict != "take":
+                del self._calls[old]
+
+    def _take(self) -> list[Output]:
+        out, self._out = self._out, []
+        return [
+            dataclasses.replace(output, ranks=ranks) if isinstance(output, Tell) else output
+            for output in out
+            if not isinstance(output, Tell) or (ranks := tuple(rank for rank in output.ranks if rank in self._joined))
+        ]
+
+
+def _ranks_of(call: _Call) -> dict[str, tuple[int, ...]]:
+    found: dict[str, list[int]] = {}
+    for rank, arrive in sorted(call.arrived.items()):
+        found.setdefault(arrive.digest, []).append(rank)
+    return {digest: tuple(ranks) for digest, ranks in found.items()}
+
+
+def _phase_of(call: _Call, rank: int) -> str:
+    return "write" if rank in call.arrived else "save"

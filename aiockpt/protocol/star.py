@@ -1,0 +1,199 @@
+"""What the workers of a job say to each other, as types; every new field needs a default.
+
+Rank 0's worker is the hub, and a member of its own hub like the others. A save is its call number ``n`` on this wire:
+how many times ``save`` was called before it on each rank. The number outlives workers; the id in names of directories
+comes with the hub's ``Open``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from aiockpt.format.manifest import FileRecord
+from aiockpt.protocol.messages import Count, Seconds, WireError
+
+__all__ = [
+    "Arguments",
+    "Arrive",
+    "Body",
+    "Committing",
+    "Credit",
+    "End",
+    "Ended",
+    "EndedCall",
+    "GiveUp",
+    "Join",
+    "Leave",
+    "MemberBeat",
+    "Open",
+    "OpenCall",
+    "StarMessage",
+    "Verdict",
+    "WantBody",
+    "Welcome",
+    "Written",
+]
+
+Verdict = Literal["take", "skip", "busy"]
+End = Literal["committed", "failed", "skip", "busy"]
+WhenBusy = Literal["wait", "skip", "raise"]
+
+
+class _StarMessage(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag_field="is"):
+    pass
+
+
+# ---- member to hub
+
+
+class OpenCall(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A save that was opened by an earlier hub, and whose end this member does not know."""
+
+    n: Count
+    save_id: str
+    attempt: Count
+
+
+class EndedCall(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A save whose end this member knows."""
+
+    n: Count
+    end: End
+
+
+class Join(_StarMessage, tag="join", frozen=True, kw_only=True, gc=False):
+    """First message on a connection, behind the proof that the member knows the token."""
+
+    rank: Count
+    world: Count
+    package: str
+    open_call: OpenCall | None = None
+    ended_calls: list[EndedCall] = []
+    """The last ones, at most 64: other ranks may not have heard of them yet."""
+    slot_of: Count | None = None
+    """The save that has this rank's slot."""
+
+
+class Arguments(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What all ranks must say alike in one call of ``save``."""
+
+    step: Count
+    overwrite: bool = False
+    when_busy: WhenBusy = "wait"
+    timeout: Seconds | None = None
+
+
+class Arrive(_StarMessage, tag="arrive", frozen=True, kw_only=True, gc=False):
+    """This rank's trainer has called ``save``."""
+
+    n: Count
+    arguments: Arguments
+    digest: str = ""
+    """Of the rank's plan; empty where it was ``refused``."""
+    refused: WireError | None = None
+    """Why ``save`` raised on this rank: the call counts, and fails everywhere."""
+
+
+class Body(_StarMessage, tag="body", frozen=True, kw_only=True, gc=False):
+    """The answer to WantBody."""
+
+    digest: str
+    body: bytes
+
+
+class Written(_StarMessage, tag="written", frozen=True, kw_only=True, gc=False):
+    """All files of this rank are durable, and its snapshot was checked."""
+
+    n: Count
+    attempt: Count
+    files: list[FileRecord]
+    values_sum: str = ""
+    """xxh3-128 of the values that must be equal on all ranks."""
+    tensors_sum: str = ""
+    """Likewise of the undeclared tensors."""
+    rank_values: bytes = b"[]"
+    """JSON array of the values that are this rank's own."""
+
+
+class GiveUp(_StarMessage, tag="give_up", frozen=True, kw_only=True, gc=False):
+    """The save cannot be on this rank, or its user cancels it: it ends on all ranks, unless it is COMMITTING."""
+
+    n: Count
+    error: WireError
+    """With its phase; the hub adds the rank."""
+
+
+class Credit(_StarMessage, tag="credit", frozen=True, kw_only=True, gc=False):
+    """This rank's trainer has seen its slot free again after save ``n``."""
+
+    n: Count
+
+
+class MemberBeat(_StarMessage, tag="beat", frozen=True, kw_only=True, gc=False):
+    """The member's loop lives; each way."""
+
+
+class Leave(_StarMessage, tag="leave", frozen=True, kw_only=True, gc=False):
+    """This rank takes part in no further save, and no worker of it comes back."""
+
+    why: str
+
+
+# ---- hub to member
+
+
+class Welcome(_StarMessage, tag="welcome", frozen=True, kw_only=True, gc=False):
+    """The member is in."""
+
+    epoch: Count
+    """Grows with each worker of any rank that joins anew."""
+
+
+class Open(_StarMessage, tag="open", frozen=True, kw_only=True, gc=False):
+    """The decision; with ``take`` the directories of this attempt stand."""
+
+    n: Count
+    verdict: Verdict
+    save_id: str = ""
+    attempt: Count = 0
+
+
+class WantBody(_StarMessage, tag="want_body", frozen=True, kw_only=True, gc=False):
+    """No plan with this digest is known yet."""
+
+    digest: str
+
+
+class Committing(_StarMessage, tag="committing", frozen=True, kw_only=True, gc=False):
+    """All is written and the plans fit: too late for a cancel."""
+
+    n: Count
+
+
+class Ended(_StarMessage, tag="ended", frozen=True, kw_only=True, gc=False):
+    """The outcome: committed where there is no ``error``."""
+
+    n: Count
+    path: str = ""
+    nbytes: Count = 0
+    timings: dict[str, float] = {}
+    error: WireError | None = None
+
+
+StarMessage = (
+    Join
+    | Arrive
+    | Body
+    | Written
+    | GiveUp
+    | Credit
+    | MemberBeat
+    | Leave
+    | Welcome
+    | Open
+    | WantBody
+    | Committing
+    | Ended
+)
