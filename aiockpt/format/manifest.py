@@ -8,6 +8,8 @@ per file the size, the start of the data section and the xxh3-128 of the header;
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -17,6 +19,7 @@ from aiockpt.errors import CheckpointCorruptError, ConfigError
 from aiockpt.format.dtypes import nbytes_of
 from aiockpt.format.image import ALIGN
 from aiockpt.format.names import MAX_STEP
+from aiockpt.format.placings import MAX_RANKS, PlacingRecord, ShardingRecord, check_placing
 from aiockpt.format.tree import Node, check_tree
 
 __all__ = [
@@ -28,6 +31,7 @@ __all__ = [
     "Plan",
     "decode_manifest",
     "encode_manifest",
+    "encode_own",
     "parse_head",
 ]
 
@@ -60,7 +64,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Version of aiockpt that wrote it."""
 
 
-class FileRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class FileRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """One file of the checkpoint."""
 
     path: str
@@ -70,20 +74,31 @@ class FileRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A multiple of 4096; 0 for a plain file, whose ``sum`` is then that of its whole content."""
     sum: str
     """xxh3-128 of the header as it lies on disk, 32 hexadecimal digits."""
+    rank: _Number = 0
+    """Who wrote it."""
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """The part that is known before staging: columns over the entries, and the tree of the state."""
+class Plan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The part that is known before staging: columns over the entries, and the tree of the state.
+
+    With one rank there are no placings: each entry stands whole in its file.
+    """
 
     classes: list[tuple[str, list[int], str]]
-    """Distinct (dtype in the file, shape in the file, mark). Mark ``C128``: complex128 as F64 with a trailing 2."""
+    """Distinct (dtype in the file, shape in the file, mark). Mark ``C128``: complex128 as F64 with a trailing 2. The
+    shape is that of the whole tensor."""
     names: list[str]
     """Per entry: its name in its file."""
     entry_classes: list[int]
     entry_files: list[int]
-    """Per entry: index into ``Manifest.files``."""
+    """Per entry: index into ``Manifest.files``. Of one that is cut, the file of the first part."""
     tree: Node
     """See ``format.tree``."""
+    placings: list[PlacingRecord] = []
+    """Distinct ones."""
+    entry_placings: list[int] = []
+    entry_replicas: list[int] = []
+    """Per entry: which of the ranks that hold the same part wrote it, see ``planning.sharding.Sharding.owners``."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,13 +111,30 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     values: list[Any]
     """Encoded values, by their numbers in the tree."""
     plan: Plan
+    own_plans: list[Plan] = []
+    """Distinct plans of what ranks have for themselves; the tree is an object with a node for each place
+    ``["own", key]``. Files are counted among the tensor files of the rank."""
+    own_plan_of: list[int] = []
+    """By rank; -1 where it has nothing for itself. Empty where no rank has."""
+    rank_values: list[list[Any]] = []
+    """By rank: the encoded values of its own plan."""
 
 
 _decoder = msgspec.json.Decoder(Manifest)
 
 
-def encode_manifest(head: Head, files: list[FileRecord], *, values: bytes, metadata: bytes, plan: bytes) -> bytes:
+def encode_manifest(
+    head: Head, files: list[FileRecord], *, values: bytes, metadata: bytes, plan: bytes, own: bytes = b""
+) -> bytes:
     """Return the bytes of ``manifest.json``; ``values``, ``metadata`` and ``plan`` are JSON already.
+
+    Args:
+        head: As it will be found again.
+        files: In the order that the plan counts them in.
+        values: See ``Manifest``.
+        metadata: See ``Manifest``.
+        plan: See ``Plan``.
+        own: What ``encode_own`` made, where ranks have something for themselves.
 
     Raises:
         ValueError: No reader would take the head; better said before the commit than after it.
@@ -114,8 +146,23 @@ def encode_manifest(head: Head, files: list[FileRecord], *, values: bytes, metad
     if len(opening) > HEAD_NBYTES:
         raise ValueError(f"the head of a manifest has {len(opening)} bytes, readers look at {HEAD_NBYTES}")
     parts = {b"files": msgspec.json.encode(files), b"metadata": metadata, b"values": values, b"plan": plan}
-    body = b"".join((opening, *(b',"%b":%b' % part for part in parts.items())))
+    body = b"".join((opening, *(b',"%b":%b' % part for part in parts.items()), own))
     return body + _CLOSING % xxhash.xxh3_128_hexdigest(body).encode()
+
+
+def encode_own(plans: Sequence[bytes], values: Sequence[bytes]) -> bytes:
+    """Return what ranks have for themselves, for ``encode_manifest``.
+
+    Args:
+        plans: By rank: JSON of a ``Plan``, or nothing.
+        values: By rank: JSON array of its own values, or nothing.
+    """
+    if not any(plans):
+        return b""
+    distinct = {plan: number for number, plan in enumerate(dict.fromkeys(filter(None, plans)))}
+    numbers = msgspec.json.encode([distinct.get(plan, -1) for plan in plans])
+    lists = b",".join(own or b"[]" for own in values)
+    return b',"own_plans":[%b],"own_plan_of":%b,"rank_values":[%b]' % (b",".join(distinct), numbers, lists)
 
 
 def parse_head(data: bytes, *, file: str) -> Head:
@@ -158,8 +205,10 @@ def decode_manifest(data: bytes, *, file: str) -> Manifest:
         if manifest.head != head:
             raise ValueError("it has two heads")
         _check_columns(manifest.plan, len(manifest.files))
-        _check_files(manifest.files)
+        _check_placings(manifest.plan, head.world_size)
+        _check_files(manifest.files, head.world_size)
         check_tree(manifest.plan.tree, entries=len(manifest.plan.names), values=len(manifest.values))
+        _check_own(manifest)
     except (ValueError, RecursionError) as exc:  # msgspec's and Unicode's errors are ValueErrors
         raise _corrupt(file, str(exc)) from exc
     return manifest
@@ -206,10 +255,58 @@ def _check_columns(plan: Plan, files: int) -> None:
         nbytes_of(dtype, shape)
 
 
-def _check_files(files: list[FileRecord]) -> None:
+def _check_placings(plan: Plan, world: int) -> None:
+    for record in plan.placings:
+        check_placing(record, world=world)
+    if not plan.placings and not plan.entry_placings and not plan.entry_replicas:
+        return
+    entries = len(plan.names)
+    if len(plan.entry_placings) != entries or len(plan.entry_replicas) != entries:
+        raise ValueError("its columns have different lengths")
+    used = set(zip(plan.entry_placings, plan.entry_classes, plan.entry_replicas, strict=True))
+    for placing, kind, replica in used:
+        if not 0 <= placing < len(plan.placings):
+            raise ValueError("an entry names a placing that is not there")
+        record = plan.placings[placing]
+        if not isinstance(record, ShardingRecord):
+            continue
+        shape = plan.classes[kind][1]
+        if not 0 <= replica < record.replicas or any(dim >= len(shape) for _, dim, _ in record.cuts):
+            raise ValueError(f"an entry of shape {shape} is not cut as it says")
+
+
+def _check_own(manifest: Manifest) -> None:
+    ranks = len(manifest.own_plan_of)
+    if not ranks and not manifest.own_plans and not manifest.rank_values:
+        return
+    if ranks != len(manifest.rank_values) or ranks != manifest.head.world_size or ranks > MAX_RANKS:
+        raise ValueError(f"{ranks} of {manifest.head.world_size} ranks have something for themselves")
+    tensor_files = Counter(record.rank for record in manifest.files if record.data_start)
+    checked = set()
+    for rank, number in enumerate(manifest.own_plan_of):
+        if number == -1:
+            continue
+        if not 0 <= number < len(manifest.own_plans):
+            raise ValueError(f"rank {rank} has a plan of its own that is not there")
+        case = number, len(manifest.rank_values[rank]), tensor_files[rank]
+        if case not in checked:
+            checked.add(case)
+            _check_own_plan(manifest.own_plans[number], values=case[1], files=case[2])
+
+
+def _check_own_plan(plan: Plan, *, values: int, files: int) -> None:
+    _check_columns(plan, files)
+    if plan.placings or plan.entry_placings or plan.entry_replicas or not isinstance(plan.tree, dict):
+        raise ValueError("what a rank has for itself is cut over others")
+    check_tree(plan.tree, entries=len(plan.names), values=values, is_own=True)
+
+
+def _check_files(files: list[FileRecord], world: int) -> None:
     for record in files:
         if any(part in ("", ".", "..") for part in record.path.split("/")) or "\0" in record.path:
             raise ValueError(f"the file name {record.path!r:.200} leads out of the checkpoint")
+        if record.rank and record.rank >= world:
+            raise ValueError(f"{record.path!r:.200} is of rank {record.rank}, the job had {world}")
         if record.data_start > record.nbytes or record.data_start % ALIGN:
             raise ValueError(f"the sizes of {record.path!r:.200} do not fit")
     if len({record.path for record in files}) < len(files):

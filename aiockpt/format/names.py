@@ -7,6 +7,7 @@ import re
 from typing import NamedTuple
 
 __all__ = [
+    "EXTRA",
     "INDEX_NAME",
     "LOCK_NAME",
     "MANIFEST_NAME",
@@ -35,6 +36,8 @@ Segments = tuple[str, ...]
 """The path of an entry: mapping keys and list indices as text. Dotted text is for people, globs and files."""
 
 MANIFEST_NAME = "manifest.json"
+EXTRA = ".extra"
+"""In the name of a file of undeclared tensors; nothing else that we name in a folder has it."""
 INDEX_NAME = "model.safetensors.index.json"
 RUN_RECORD_NAME = "aiockpt.json"
 LOCK_NAME = ".lock"
@@ -73,9 +76,17 @@ def file_name(text: str) -> str:
     return encoded or "%"
 
 
-def shard_name(index: int, count: int) -> str:
-    """Return the name of tensor file ``index`` (from 0) of ``count`` in a folder, as transformers names them."""
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+def shard_name(index: int, count: int, *, part: int = 1, extra: bool = False) -> str:
+    """Return the name of a tensor file in a folder, as transformers names them.
+
+    Args:
+        index: Number of the file, from 0; with several ranks the rank that writes it.
+        count: Of files; with several ranks the number of ranks.
+        part: 2, 3, … for further files of one rank.
+        extra: Whether it holds what a rank has of undeclared tensors.
+    """
+    more = "" if part == 1 else f".{part}"
+    return f"model-{index + 1:05d}-of-{count:05d}{EXTRA if extra else ''}{more}.safetensors"
 
 
 def step_name(step: int) -> str:

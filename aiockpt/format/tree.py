@@ -10,7 +10,9 @@ A node is one of
   values, and the part behind the colon is the default factory's name,
   ``["module", {name: node, …}, value | null]`` with the module's ``_metadata``,
   ``["ndarray", n, dtype]``, ``["bytes", n]``, ``["BytesIO", n, position]`` for what is stored as a
-  tensor and is none.
+  tensor and is none,
+  ``["per_rank", node]`` for what is each rank's own, in the tree of one rank; in a tree for several
+  ``["own", key]`` stands in its place, and ``Manifest.own_plans`` have the nodes.
 
 The same entry number may stand at several places: tied tensors are stored once.
 """
@@ -28,9 +30,12 @@ from aiockpt.format.values import FACTORIES
 __all__ = [
     "BLOBS",
     "MAPPINGS",
+    "OWN",
+    "PER_RANK",
     "Node",
     "check_tree",
     "children",
+    "fill_places",
     "is_blob",
     "key_text",
     "renumber",
@@ -46,6 +51,10 @@ BLOBS = frozenset({"ndarray", "bytes", "BytesIO"})
 """Tags of leaves that are stored as a tensor."""
 MAPPINGS = frozenset({"dict", "OrderedDict", "defaultdict", *(f"defaultdict:{name}" for name in FACTORIES)})
 """Tags of mappings that are no JSON object, because of their type or of their keys."""
+
+
+PER_RANK = "per_rank"
+OWN = "own"
 
 
 def value_node(number: int) -> int:
@@ -67,6 +76,11 @@ def children(node: Node) -> Iterator[tuple[str, Node]]:
     """Yield (segment, child) of a container, in its order."""
     if isinstance(node, dict):
         yield from node.items()
+    elif node[0] == PER_RANK:
+        if not isinstance(node[1], int) and not is_blob(node[1]):
+            yield from children(node[1])
+    elif node[0] == OWN:
+        return
     elif node[0] in ("list", "tuple"):
         for index, child in enumerate(node[1]):
             yield str(index), child
@@ -87,28 +101,76 @@ def walk(node: Node, path: Segments = ()) -> Iterator[tuple[Segments, Node]]:
     if isinstance(node, int) or is_blob(node):
         yield path, node
         return
+    if isinstance(node, list) and node[0] == PER_RANK:
+        yield from walk(node[1], path)
+        return
     for segment, child in children(node):
         yield from walk(child, (*path, segment))
 
 
-def renumber(node: Node, number: Callable[[int], int]) -> Node:
-    """Return the tree with every tensor entry's number replaced."""
+def renumber(node: Node, number: Callable[[int], int], value: Callable[[int], int] | None = None) -> Node:
+    """Return the tree with every tensor entry's number replaced, and with ``value`` every value's."""
     if isinstance(node, int):
-        return number(node) if node >= 0 else node
+        if node >= 0:
+            return number(node)
+        return node if value is None else value_node(value(value_number(node)))
     if isinstance(node, dict):
-        return {key: renumber(child, number) for key, child in node.items()}
+        return {key: renumber(child, number, value) for key, child in node.items()}
     tag = node[0]
     if tag in BLOBS:
         return [tag, number(node[1]), *node[2:]]
+    if tag == PER_RANK:
+        return [tag, renumber(node[1], number, value)]
+    if tag == OWN:
+        return node
     if tag in ("list", "tuple"):
-        return [tag, [renumber(child, number) for child in node[1]]]
+        return [tag, [renumber(child, number, value) for child in node[1]]]
     if tag == "module":
-        return [tag, renumber(node[1], number), node[2]]
-    return [tag, [[key, renumber(child, number)] for key, child in node[1]]]
+        metadata = node[2] if node[2] is None else renumber(node[2], number, value)
+        return [tag, renumber(node[1], number, value), metadata]
+    return [tag, [[key, renumber(child, number, value)] for key, child in node[1]]]
 
 
-def check_tree(node: Node, *, entries: int, values: int) -> None:
+Place = Callable[[Segments, list[Any]], "Node | None"]
+"""Gets the path and the node of a place that is each rank's own, and returns what stands there from now on."""
+
+
+def fill_places(node: Node, place: Place, path: Segments = ()) -> Node | None:
+    """Return the tree with something else in each place that is each rank's own.
+
+    Where ``place`` returns None the place is dropped from its mapping; a list with such a place is dropped too.
+    """
+    if isinstance(node, int):
+        return node
+    if isinstance(node, dict):
+        return _filled(node, place, path)
+    tag = node[0]
+    if tag in BLOBS:
+        return node
+    if tag in (OWN, PER_RANK):
+        return place(path, node)
+    if tag in ("list", "tuple"):
+        parts = [fill_places(part, place, (*path, str(index))) for index, part in enumerate(node[1])]
+        return None if None in parts else [tag, parts]
+    if tag == "module":
+        return [tag, _filled(node[1], place, path), node[2]]
+    pairs = [[key, fill_places(part, place, (*path, key_text(key)))] for key, part in node[1]]
+    return [tag, [pair for pair in pairs if pair[1] is not None]]
+
+
+def _filled(items: dict[str, Node], place: Place, path: Segments) -> dict[str, Node]:
+    filled = {key: fill_places(part, place, (*path, key)) for key, part in items.items()}
+    return {key: part for key, part in filled.items() if part is not None}
+
+
+def check_tree(node: Node, *, entries: int, values: int, is_own: bool = False) -> None:
     """Check that JSON from a file is a tree whose numbers are below ``entries`` and ``values``.
+
+    Args:
+        node: The JSON.
+        entries: How many there are.
+        values: How many there are.
+        is_own: Whether it is of a rank's own plan, where nothing is again of each rank.
 
     Raises:
         ValueError: It is not; the other functions here may be given any tree that passed.
@@ -129,6 +191,10 @@ def check_tree(node: Node, *, entries: int, values: int) -> None:
                     raise ValueError("a module's metadata in its tree is no value")
             case [str(tag), list(pairs)] if tag in MAPPINGS and all(_is_pair(pair) for pair in pairs):
                 parts = [part for _, part in pairs]
+            case ["own", str()] if not is_own:
+                return
+            case ["per_rank", part] if not is_own:
+                parts = [part]
             case ["ndarray", number, str()] | ["bytes", number] if _is_number(number, 0, entries):
                 return
             case ["BytesIO", number, position] if _is_number(number, 0, entries) and _is_number(position, 0, 1 << 63):
