@@ -54,8 +54,8 @@ def test_an_average_that_is_swapped_in_is_not_in_the_checkpoint(tmp_path: Path) 
 
 
 def test_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten minutes, here of a millisecond each, after the save before; and once more at the end."""
-    monkeypatch.setattr(aiockpt, "Every", lambda *, minutes: Every(minutes=minutes / 60_000))
+    """Ten minutes, here of a tenth of a millisecond each, after the save before; and once more at the end."""
+    monkeypatch.setattr(aiockpt, "Every", lambda *, minutes: Every(minutes=minutes / 600_000))
     reader = Reader(tmp_path / "reader")
     reader.run("minutes.py")
     run = reader.folder / "runs/minutes"
