@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
 import pytest
+from torchdata import stateful_dataloader
 
 import aiockpt
 from aiockpt import blocking
@@ -39,6 +41,18 @@ def test_a_run_that_was_cut_ends_like_one_that_was_not(name: str, tmp_path: Path
     assert same(blocking.load(whole.folder / run), blocking.load(cut.folder / run))
 
 
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata's own
+def test_a_data_loader_with_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It resumes as exactly; its workers are forked while the run is open."""
+    with_workers = functools.partial(stateful_dataloader.StatefulDataLoader, num_workers=2)
+    monkeypatch.setattr(stateful_dataloader, "StatefulDataLoader", with_workers)
+    whole, cut = Reader(tmp_path / "whole"), Reader(tmp_path / "cut")
+    whole.run("data_loader.py")
+    cut.run_interrupted("data_loader.py", after=17)
+    cut.run("data_loader.py")
+    assert same(blocking.load(whole.folder / "runs/data"), blocking.load(cut.folder / "runs/data"))
+
+
 def test_an_average_that_is_swapped_in_is_not_in_the_checkpoint(tmp_path: Path) -> None:
     """The weights of each checkpoint are those of a training that never swaps."""
     reader = Reader(tmp_path / "reader")
@@ -54,14 +68,14 @@ def test_an_average_that_is_swapped_in_is_not_in_the_checkpoint(tmp_path: Path) 
 
 
 def test_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten minutes, here of a tenth of a millisecond each, after the save before; and once more at the end."""
+    """Ten minutes, here one millisecond, after the save before; and once more at the end."""
     monkeypatch.setattr(aiockpt, "Every", lambda *, minutes: Every(minutes=minutes / 600_000))
-    reader = Reader(tmp_path / "reader")
+    reader = Reader(tmp_path / "reader", steps=6)
     reader.run("minutes.py")
     run = reader.folder / "runs/minutes"
     steps = blocking.steps(run)
     assert len(steps) > 1
-    assert steps[-1] == 29
+    assert steps[-1] == 5
     reasons = [blocking.restore(run, {}, step=step, strict=False).metadata["reason"] for step in steps]
     assert all(re.fullmatch(r"every .* minutes", reason) for reason in reasons[:-1])
 
