@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NoReturn
 
+import msgspec
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
-from aiockpt.errors import ConfigError
+from aiockpt.errors import CheckpointCorruptError, ConfigError
 from aiockpt.interchange.exporting import Exported, export_checkpoint
-from tests.restoring.writing import write_step
+from tests.restoring.writing import rewrite_manifest, write_step
 
 STATE: dict[str, Any] = {
     "nets": {"actor": nn.Linear(2, 3), "critic": {"head": torch.ones(2), "a.b": torch.zeros(3)}},
@@ -114,6 +115,19 @@ def test_parts_of_a_torch_file(options: dict[str, Any], expected: str, tmp_path:
     step = write_step(tmp_path / "run", 1, STATE)
     export_checkpoint(str(step), str(tmp_path / "m.pt"), **options)
     assert repr(torch.load(tmp_path / "m.pt", weights_only=True)) == expected
+
+
+@pytest.mark.parametrize("target", ["set", "m.pt"])
+@pytest.mark.parametrize("depth", [150, 300, 600, 900, 3000])
+def test_a_hostile_tree_is_a_bad_checkpoint_at_most(target: str, depth: int, tmp_path: Path) -> None:
+    """Deeper than any that a save makes, with checksums that fit."""
+    step = write_step(tmp_path / "run", 1, {"x": torch.ones(1)})
+    tree: Any = msgspec.Raw(b'{"x":' * depth + b"0" + b"}" * depth)
+    rewrite_manifest(step, plan={"tree": tree})
+    try:
+        export_checkpoint(str(step), str(tmp_path / target))
+    except CheckpointCorruptError:
+        assert not (tmp_path / target).exists()
 
 
 def test_a_name_that_safetensors_has_for_itself(tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import aiockpt.blocking
 from aiockpt.errors import ConfigError
 from aiockpt.interchange.exporting import export_checkpoint
 from aiockpt.interchange.importing import import_checkpoint
+from tests.interop.group import process_group
 from tests.interop.states import assert_bit_equal, every_dtype
 from tests.restoring.writing import write_step
 
@@ -52,6 +54,17 @@ def test_it_reads_shards_of_an_export(tmp_path: Path) -> None:
     some = {name: torch.zeros_like(state[name]) for name in ("int32", "scalar", "empty", "complex64")}
     read(tmp_path / "set", some, thread_count=2)
     assert_bit_equal(some, {name: state[name] for name in some})
+
+
+def test_it_reads_into_a_dtensor(tmp_path: Path) -> None:
+    """Cut over a mesh, here of one rank."""
+    whole = torch.randn(6, 4)
+    folder = write_step(tmp_path / "run", 1, {"model": {"x": whole}}) / "model"
+    with process_group(tmp_path):
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        state = {"x": distribute_tensor(torch.zeros(6, 4), mesh, [Shard(0)])}
+        read(folder, state)
+        assert torch.equal(state["x"].full_tensor(), whole)
 
 
 @pytest.mark.process

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import nn
 import aiockpt.blocking
 from aiockpt.interchange.exporting import export_checkpoint
 from aiockpt.interchange.importing import import_checkpoint
+from tests.interop.group import process_group
 from tests.interop.states import assert_bit_equal
 from tests.restoring.restoring import restore
 from tests.restoring.writing import write_step
@@ -47,16 +46,6 @@ def small_llama(transformers: Any, *, tied: bool = False, seed: int = 0) -> nn.M
     )
     model: nn.Module = transformers.LlamaForCausalLM(config)
     return model
-
-
-@contextlib.contextmanager
-def process_group(directory: Path) -> Iterator[None]:
-    """A gloo group of this one process."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/store", rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def assert_same_model(found: nn.Module, expected: nn.Module) -> None:
