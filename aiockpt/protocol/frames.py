@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import struct
+from typing import Generic, TypeVar
 
 import msgspec
 
 from aiockpt.errors import ProtocolError
 from aiockpt.protocol.messages import MAGIC, PROTOCOL_VERSION, Hello, Message
+from aiockpt.protocol.star import StarMessage
 
-__all__ = ["MAX_FRAME_NBYTES", "FrameDecoder", "check_hello", "encode"]
+__all__ = ["MAX_FRAME_NBYTES", "FrameDecoder", "StarDecoder", "check_hello", "encode"]
 
 MAX_FRAME_NBYTES = 16 << 20
 """Checked before anything is allocated. The largest honest frame is EndStaging with 8 MiB of values."""
@@ -17,9 +19,12 @@ MAX_FRAME_NBYTES = 16 << 20
 _LENGTH = struct.Struct("<I")
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)
+_star_decoder = msgspec.msgpack.Decoder(StarMessage)
+
+T = TypeVar("T")
 
 
-def encode(message: Message) -> bytes:
+def encode(message: Message | StarMessage) -> bytes:
     """Return the frame of one message.
 
     Raises:
@@ -44,17 +49,20 @@ def encode(message: Message) -> bytes:
     return bytes(frame)
 
 
-class FrameDecoder:
+class _Decoder(Generic[T]):
     """Cuts a byte stream into messages; holds at most one frame that is not whole yet.
 
     After a ProtocolError the stream has no meaning any more, and every later ``feed`` raises it again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, decoder: msgspec.msgpack.Decoder[T], max_frame_nbytes: int) -> None:
+        self._decoder = decoder
+        self.max_frame_nbytes = max_frame_nbytes
+        """Of the frames that follow; may be changed between two."""
         self._buffer = bytearray()
         self._broken: ProtocolError | None = None
 
-    def feed(self, data: bytes) -> list[Message]:
+    def feed(self, data: bytes) -> list[T]:
         """Take bytes as they come and return the messages that they complete.
 
         Whole messages in front of a bad one in the same bytes are dropped with it: the connection ends here anyway.
@@ -65,18 +73,18 @@ class FrameDecoder:
         if self._broken is not None:
             raise self._broken.copy()
         self._buffer += data
-        messages: list[Message] = []
+        messages: list[T] = []
         start = 0
         while len(self._buffer) - start >= _LENGTH.size:
             (nbytes,) = _LENGTH.unpack_from(self._buffer, start)
-            if nbytes > MAX_FRAME_NBYTES:
-                raise self._break(f"it announces {nbytes} bytes, more than {MAX_FRAME_NBYTES}")
+            if nbytes > self.max_frame_nbytes:
+                raise self._break(f"it announces {nbytes} bytes, more than {self.max_frame_nbytes}")
             stop = start + _LENGTH.size + nbytes
             if len(self._buffer) < stop:
                 break
             try:
                 with memoryview(self._buffer)[start + _LENGTH.size : stop] as body:
-                    messages.append(_decoder.decode(body))
+                    messages.append(self._decoder.decode(body))
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
                 raise self._break(str(exc)) from exc
             start = stop
@@ -94,6 +102,20 @@ class FrameDecoder:
             "a frame was not understood", why=why, next="the connection is dropped and the worker replaced"
         )
         return self._broken
+
+
+class FrameDecoder(_Decoder[Message]):
+    """Of what trainer and worker say to each other."""
+
+    def __init__(self) -> None:
+        super().__init__(_decoder, MAX_FRAME_NBYTES)
+
+
+class StarDecoder(_Decoder[StarMessage]):
+    """Of what workers say to each other; larger frames are refused before they are taken in."""
+
+    def __init__(self, max_frame_nbytes: int = MAX_FRAME_NBYTES) -> None:
+        super().__init__(_star_decoder, max_frame_nbytes)
 
 
 def check_hello(message: Message, *, package: str, path: str) -> Hello:

@@ -101,7 +101,8 @@ class Hub:
         self._return_timeout = return_timeout
         self._calls: dict[int, _Call] = {}
         self._bodies: set[str] = set()
-        self._wanted: set[str] = set()
+        self._wanted: dict[str, int] = {}
+        """By digest: the rank that was asked for the plan."""
         self._joined: set[int] = set()
         self._away = dict.fromkeys(range(world), now)
         self._gone: dict[int, str] = {}
@@ -138,15 +139,18 @@ class Hub:
             self._joined.discard(rank)
             if rank not in self._gone:
                 self._away[rank] = now
+            self._wanted = {digest: asked for digest, asked in self._wanted.items() if asked != rank}
             for call in self._open():
                 if rank in call.arrived and rank not in call.written:
                     call.is_waiting.add(rank)
+                self._check_plans(call)  # another one is asked for the plan
         return self._take()
 
     def _leave(self, rank: int, why: str) -> None:
         self._gone[rank] = why
         for call in self._open():
-            if rank not in call.written:
+            # The plan of a rank that has written everything may still be missing.
+            if rank not in call.written or call.arrived[rank].digest not in self._bodies:
                 self._fail(call, disagreements.gone(rank, why), rank=rank, phase=_phase_of(call, rank))
 
     # ---- what members say
@@ -169,8 +173,7 @@ class Hub:
                 if self._in_use.get(rank) == message.n:
                     del self._in_use[rank]
             case Body():
-                if message.digest in self._wanted:
-                    self._wanted.discard(message.digest)
+                if self._wanted.pop(message.digest, None) is not None:
                     self._bodies.add(message.digest)
                     for call in self._open():
                         self._check_plans(call)
@@ -230,10 +233,6 @@ class Hub:
         return call
 
     def _open_for(self, call: _Call, rank: int) -> None:
-        digest = call.arrived[rank].digest
-        if digest not in self._bodies and digest not in self._wanted:
-            self._wanted.add(digest)
-            self._out.append(Tell((rank,), WantBody(digest=digest)))
         if call.phase is _Phase.COMMITTING:
             self._out.append(Tell((rank,), Committing(n=call.n)))
         elif rank in call.is_waiting:
@@ -269,9 +268,14 @@ class Hub:
         self._commit_if_ready(call)
 
     def _check_plans(self, call: _Call) -> None:
-        if call.is_checking or call.ended is not None or len(call.arrived) < self._world:
+        if call.is_checking or call.ended is not None:
             return
-        if all(arrive.digest in self._bodies for arrive in call.arrived.values()):
+        for rank, arrive in call.arrived.items():
+            digest = arrive.digest
+            if digest not in self._bodies and digest not in self._wanted and rank in self._joined:
+                self._wanted[digest] = rank
+                self._out.append(Tell((rank,), WantBody(digest=digest)))
+        if len(call.arrived) == self._world and all(arrive.digest in self._bodies for arrive in call.arrived.values()):
             call.is_checking = True
             self._out.append(CheckPlans(call.n, _ranks_of(call)))
 
