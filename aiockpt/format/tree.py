@@ -108,27 +108,37 @@ def walk(node: Node, path: Segments = ()) -> Iterator[tuple[Segments, Node]]:
         yield from walk(child, (*path, segment))
 
 
-def renumber(node: Node, number: Callable[[int], int], value: Callable[[int], int] | None = None) -> Node:
-    """Return the tree with every tensor entry's number replaced, and with ``value`` every value's."""
+def renumber(
+    node: Node,
+    number: Callable[[int], int],
+    value: Callable[[int], int] = lambda number: number,
+    metadata: Callable[[int], int] | None = None,
+) -> Node:
+    """Return the tree with other numbers.
+
+    Args:
+        node: Any.
+        number: Gives the new number of a tensor entry.
+        value: Gives that of a value.
+        metadata: Gives that of the value that is a module's metadata; ``value`` does where it is None.
+    """
     if isinstance(node, int):
-        if node >= 0:
-            return number(node)
-        return node if value is None else value_node(value(value_number(node)))
+        return number(node) if node >= 0 else value_node(value(value_number(node)))
     if isinstance(node, dict):
-        return {key: renumber(child, number, value) for key, child in node.items()}
+        return {key: renumber(child, number, value, metadata) for key, child in node.items()}
     tag = node[0]
     if tag in BLOBS:
         return [tag, number(node[1]), *node[2:]]
     if tag == PER_RANK:
-        return [tag, renumber(node[1], number, value)]
+        return [tag, renumber(node[1], number, value, metadata)]
     if tag == OWN:
         return node
     if tag in ("list", "tuple"):
-        return [tag, [renumber(child, number, value) for child in node[1]]]
+        return [tag, [renumber(child, number, value, metadata) for child in node[1]]]
     if tag == "module":
-        metadata = node[2] if node[2] is None else renumber(node[2], number, value)
-        return [tag, renumber(node[1], number, value), metadata]
-    return [tag, [[key, renumber(child, number, value)] for key, child in node[1]]]
+        about = None if node[2] is None else renumber(node[2], number, metadata or value)
+        return [tag, renumber(node[1], number, value, metadata), about]
+    return [tag, [[key, renumber(child, number, value, metadata)] for key, child in node[1]]]
 
 
 Place = Callable[[Segments, list[Any]], "Node | None"]

@@ -10,7 +10,7 @@ from aiockpt.planning.body import Columns
 from aiockpt.planning.placings import Placing
 from aiockpt.planning.sharding import Chunk, Sharding
 
-__all__ = ["Block", "Seat", "divide", "seat_of"]
+__all__ = ["Block", "Seat", "divide", "first_owner", "seat_of"]
 
 
 class Seat(NamedTuple):
@@ -43,6 +43,19 @@ def seat_of(sharding: Sharding, rank: int) -> Seat | None:
         if dim not in cut:
             replica = replica * length + at
     return Seat(coordinate, replica, not any(coordinate[dim] for dim in cut))
+
+
+def first_owner(sharding: Sharding, replica: int) -> int:
+    """Return the rank that writes the first part of what ``replica`` writes."""
+    cut = {cut.mesh_dim for cut in sharding.cuts}
+    index, below = 0, 1
+    for dim in reversed(range(len(sharding.mesh))):
+        length = sharding.mesh[dim]
+        if dim not in cut:
+            replica, at = divmod(replica, length)
+            index += at * below
+        below *= length
+    return sharding.ranks[index]
 
 
 def divide(columns: Columns, replicas: Sequence[int], rank: int) -> list[list[Block]]:

@@ -13,7 +13,10 @@ from aiockpt.format.dtypes import nbytes_of
 from aiockpt.format.image import TensorSpec, lay_out, round_up
 from aiockpt.protocol.messages import FileImage
 
-__all__ = ["ImageBuilder", "LocalPlan", "Part"]
+__all__ = ["MAX_FILE_ENTRIES", "ImageBuilder", "LocalPlan", "Part"]
+
+MAX_FILE_ENTRIES = 100_000
+"""Tensors in one file: a reader that wants one of them parses the header of all."""
 
 
 class Part(NamedTuple):

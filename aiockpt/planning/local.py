@@ -24,14 +24,11 @@ from aiockpt.planning.entries import (
     folders_of,
     name_in_file,
 )
-from aiockpt.planning.images import ImageBuilder, LocalPlan
+from aiockpt.planning.images import MAX_FILE_ENTRIES, ImageBuilder, LocalPlan
 from aiockpt.planning.placings import Placing, intern_placings
 from aiockpt.planning.ranked import plan_rank
 
 __all__ = ["MAX_DATA_NBYTES", "MAX_FILE_ENTRIES", "MAX_NAME_LENGTH", "Entry", "LocalPlan", "PlanCache", "plan_local"]
-
-MAX_FILE_ENTRIES = 100_000
-"""Tensors in one file: a reader that wants one of them parses the header of all."""
 
 
 def plan_local(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -11,13 +10,13 @@ import msgspec
 from aiockpt.format import tree as trees
 from aiockpt.format.image import TensorSpec
 from aiockpt.format.manifest import Plan
-from aiockpt.format.names import Segments, dotted, shard_name
-from aiockpt.format.offsets import offsets_metadata
+from aiockpt.format.names import Segments, dotted
 from aiockpt.format.tree import Node, fill_places, renumber
 from aiockpt.planning.body import Body, Columns, class_columns, encoding
-from aiockpt.planning.division import Block, divide
+from aiockpt.planning.division import divide
 from aiockpt.planning.entries import Entry, canonical_order, check_sizes, folders_of, name_in_file, unfit
-from aiockpt.planning.images import ImageBuilder, LocalPlan, Part
+from aiockpt.planning.images import ImageBuilder, LocalPlan
+from aiockpt.planning.parts import PartList
 from aiockpt.planning.placings import PER_RANK, UNDECLARED, intern_placings, sharding_record
 from aiockpt.planning.sharding import Sharding
 
@@ -43,18 +42,19 @@ def plan_rank(
         separated = _Separated(entries, common, own, tree)
         columns = _columns(entries, common, names, folders, separated)
         body = msgspec.msgpack.encode(columns.body)
-    staged = _Staged(entries, names, folders)
+    specs = [TensorSpec(name, entry.dtype, entry.shape) for name, entry in zip(names, entries, strict=True)]
+    staged = PartList(specs, folders, limits)
     for depth, blocks in enumerate(divide(columns, columns.replicas(), rank)):
         for block in blocks:
             staged.add_block(common[block.entry], block, depth)
-        if depth == 0:  # behind the blocks, so that the global plan knows where those stand without these
-            own_parts = [staged.add_whole(i) for i in own]
+    # Behind the blocks: the global plan, which does not know them, finds in which file those are.
+    own_parts = [staged.add_whole(i) for i in own]
     for i in common:
         if entries[i].placing is UNDECLARED:
             staged.add_whole(i, extra=True)
     builder = ImageBuilder(staged.specs)
     check_sizes([entries[part.entry] for part in staged.parts], builder.sizes)
-    extra_files = staged.add_images(builder, rank, world, limits)
+    extra_files = staged.add_images(builder, rank, world)
     if rank == 0:
         for path, content in sorted(plain_files.items()):
             builder.add_plain(path, content)
@@ -110,7 +110,7 @@ def _columns(
     members = [entries[i] for i in common]
     classes, entry_classes = class_columns(members)
     placings, entry_placings = intern_placings([entry.placing for entry in members])
-    folder_numbers = {folder: number for number, folder in enumerate(dict.fromkeys(folders[i] for i in common))}
+    folder_numbers = {folder: number for number, folder in enumerate(sorted(set(folders)))}
     body = Body(
         classes=classes,
         placings=[sharding_record(placing) if isinstance(placing, Sharding) else None for placing in placings],
@@ -132,73 +132,6 @@ def _refuse_halved_bytes(members: Sequence[Entry], body: Body) -> None:
         record = body.placings[placing]
         if entry.dtype == "F4" and record is not None and any(cut[1] == len(entry.shape) - 1 for cut in record.cuts):
             raise unfit(dotted(entry.segments), "float4 is cut in its last dimension", "shard another dimension")
-
-
-@dataclass(slots=True)
-class _Staged:
-    """The parts of a rank, and which of them share a file."""
-
-    entries: Sequence[Entry]
-    names: Sequence[str]
-    folders: Sequence[str]
-    parts: list[Part] = field(default_factory=list)
-    specs: list[TensorSpec] = field(default_factory=list)
-    starts: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    """By part: where a chunk begins in the whole tensor."""
-    layers: dict[str, list[list[int]]] = field(default_factory=dict)
-    """By folder: parts; no name twice in a layer."""
-    extra: dict[str, list[int]] = field(default_factory=dict)
-    """By folder: parts of undeclared tensors."""
-
-    def add_block(self, i: int, block: Block, depth: int) -> None:
-        number = self._add(i, block.chunk.local_offsets, block.chunk.shape)
-        if not block.is_whole:
-            self.starts[number] = block.chunk.offsets
-        layers = self.layers.setdefault(self.folders[i], [])
-        while len(layers) <= depth:
-            layers.append([])
-        layers[depth].append(number)
-
-    def add_whole(self, i: int, *, extra: bool = False) -> int:
-        shape = self.entries[i].shape
-        number = self._add(i, (0,) * len(shape), shape)
-        if extra:
-            self.extra.setdefault(self.folders[i], []).append(number)
-        else:
-            self.layers.setdefault(self.folders[i], [[]])[0].append(number)
-        return number
-
-    def _add(self, i: int, local_offsets: tuple[int, ...], shape: tuple[int, ...]) -> int:
-        self.parts.append(Part(i, local_offsets, shape))
-        self.specs.append(TensorSpec(self.names[i], self.entries[i].dtype, shape))
-        return len(self.parts) - 1
-
-    def add_images(self, builder: ImageBuilder, rank: int, world: int, limits: tuple[int, int]) -> list[int]:
-        """Lay out all tensor files, and return which of them are extra ones: these come last."""
-        for folder in sorted(self.layers):
-            for part, members in enumerate(files_of(builder, self.layers[folder], self.starts, limits), start=1):
-                path = f"{folder}/{shard_name(rank, world, part=part)}"
-                builder.add_image(path, members, self._metadata(members))
-        first_extra = len(builder.files)
-        for folder in sorted(self.extra):
-            for part, members in enumerate(builder.cut(self.extra[folder], *limits), start=1):
-                builder.add_image(f"{folder}/{shard_name(rank, world, part=part, extra=True)}", members)
-        return list(range(first_extra, len(builder.files)))
-
-    def _metadata(self, members: Sequence[int]) -> dict[str, str] | None:
-        if self.starts.keys().isdisjoint(members):
-            return None
-        specs = self.specs
-        return offsets_metadata({specs[i].name: self.starts.get(i) or (0,) * len(specs[i].shape) for i in members})
-
-
-def files_of(
-    builder: ImageBuilder, layers: Sequence[Sequence[int]], starts: Mapping[int, Any], limits: tuple[int, int]
-) -> Iterator[list[int]]:
-    """Yield the parts of each main file of a folder."""
-    with_offsets = any(i in starts for layer in layers for i in layer)
-    for layer in layers:
-        yield from builder.cut(layer, *limits, with_offsets=with_offsets)
 
 
 def _encode_own(
