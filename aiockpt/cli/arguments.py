@@ -162,8 +162,7 @@ def _add_import(commands: Commands[Parser]) -> None:
         help="make a checkpoint of safetensors or a torch.save file",
         description="Save what another program wrote as a checkpoint of a run, which restores and loads like any "
         "other; it is the newest then. Tensors by name (safetensors, a module's state_dict) stand under model, the "
-        "parts of any other torch.save file under their own keys. Nothing is unpickled but what "
-        "torch.load(weights_only=True) takes.",
+        "parts of any other torch.save file under their own keys. Nothing of it is executed: pickled code is refused.",
         epilog="example: aiockpt import llama-7b runs/exp1 --step 0",
     )
     source = import_.add_argument(

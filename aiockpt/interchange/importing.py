@@ -72,7 +72,7 @@ def import_checkpoint(
     on_progress: Callable[[int], None] = lambda nbytes: None,
     on_saving: Callable[[], None] = lambda: None,
 ) -> Imported:
-    """Save what other programs wrote as a checkpoint, which is then the newest of its run. Nothing is unpickled.
+    """Save what other programs wrote as a checkpoint, which is then the newest of its run. None of it is executed.
 
     Tensors that have no parts (safetensors, a module's ``state_dict``) come below ``model``, as if a module of theirs
     had been saved under that key; any other ``torch.save`` file's dict is the state as it is. The checkpoint's metadata
@@ -97,7 +97,7 @@ def import_checkpoint(
     source, run = os.path.abspath(source), os.path.abspath(run)
     _check_run(run, step)
     with ExitStack() as stack:
-        found = _open(source, part, stack)
+        found = _open(source, part or None, stack)
         plan = _check_state(found.state)
         on_total(found.nbytes)
         found.read_through(on_progress)

@@ -63,7 +63,7 @@ class TensorSet:
                 raise refused(file.path, f"its tensor {name!r:.200} of F4 {list(stored.shape)} has half a byte")
             try:
                 self.tensors[name] = mapped.tensor(stored.dtype, stored.shape, "", stored.start, stored.stop)
-            except RuntimeError as exc:  # an empty tensor whose strides do not fit 64 bits
+            except (RuntimeError, ValueError) as exc:  # strides beyond 64 bits; a file that became shorter
                 raise refused(file.path, f"torch has no tensor like its {name!r:.200}: {exc}") from exc
         for alias, name in header.metadata.items():
             if alias != "format" and name in header.tensors:
