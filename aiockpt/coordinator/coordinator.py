@@ -362,6 +362,12 @@ class Coordinator:
         self.spans.close()
         self._log_unheard()
 
+    def park_at_exit(self) -> None:
+        """The threads of the program have ended: stop for good, and tell whoever asks later what was left."""
+        if self._loop is not None and self._pid == os.getpid() and self._loop.park() and self._run is not None:
+            self._desk.close(failures.closed)
+            self._run.saves.fail_all(failures.left)
+
     def _log_unheard(self) -> None:
         for error in self.unheard():
             _log.error("a save failed and nobody was told:\n%s", error)

@@ -19,6 +19,9 @@ __all__ = ["LoopThread", "wait_for"]
 
 T = TypeVar("T")
 
+PARK_SECONDS = 5.0
+"""For the loop to get to it; nothing that it does takes longer."""
+
 
 class LoopThread:
     """One thread, one loop (uvloop), one task group.
@@ -48,6 +51,9 @@ class LoopThread:
             anyio.run(self._main, backend="asyncio", backend_options={"use_uvloop": True})
         except BaseException as exc:  # noqa: BLE001  # delivered through ``ended``
             error = exc
+        self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
         with self._lock:
             self._loop = None
             pending, self._pending = self._pending, set()
@@ -114,6 +120,26 @@ class LoopThread:
         """Cancel what still runs and end the loop; ``ended`` says when, or with what error."""
         if self._stop is not None:
             self.post(self._stop.set)
+
+    def park(self) -> bool:
+        """Hold the thread for good, in a wait that no event ends: the interpreter is about to go away under it.
+
+        uvloop takes the interpreter's lock for every event. When there is no interpreter any more, and the process is
+        still about to end (torch's own clean-up takes 0.1 s and more), that is a segmentation fault.
+
+        Returns:
+            Whether the loop ran until now, and nothing of it runs any more; it counts as ended.
+        """
+        parked = threading.Event()
+
+        def hold() -> None:
+            parked.set()
+            threading.Event().wait()
+
+        if not self.post(hold) or not parked.wait(PARK_SECONDS):
+            return False
+        self._end(None)
+        return True
 
 
 async def wait_for(future: Future[Any], *others: anyio.Event) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import weakref
@@ -13,6 +14,7 @@ __all__ = ["forget", "remember"]
 class _Hooked(Protocol):
     def forget_in_child(self) -> None: ...
     def abandon_at_exit(self) -> None: ...
+    def park_at_exit(self) -> None: ...
 
 
 _open: weakref.WeakSet[_Hooked] = weakref.WeakSet()
@@ -28,6 +30,7 @@ def remember(coordinator: _Hooked) -> None:
         os.register_at_fork(after_in_child=_after_fork)
         # Before threads are joined, unlike atexit: a thread of the program that waits for a save could else never end.
         threading._register_atexit(_at_exit)  # type: ignore[attr-defined]
+        atexit.register(_at_end)
 
 
 def forget(coordinator: _Hooked) -> None:
@@ -44,3 +47,8 @@ def _after_fork() -> None:
 def _at_exit() -> None:
     for coordinator in list(_open):
         coordinator.abandon_at_exit()
+
+
+def _at_end() -> None:
+    for coordinator in list(_open):
+        coordinator.park_at_exit()

@@ -181,6 +181,27 @@ def test_exit_without_close_while_a_thread_waits(tmp_path: Path) -> None:
     assert blocking.steps(tmp_path) == [0]
 
 
+def test_exit_without_close_while_the_worker_beats(tmp_path: Path) -> None:
+    """No event reaches the loop's thread when the interpreter is gone: that ended in a segmentation fault."""
+    code = """
+        import atexit, ctypes, sys, threading, traceback, torch, aiockpt
+
+        def where() -> None:
+            frame = sys._current_frames()[ckpt._coordinator._loop._thread.ident]
+            print([entry.name for entry in traceback.extract_stack(frame)].count("hold"), flush=True)
+
+        ckpt = aiockpt.blocking.Checkpointer(sys.argv[1])
+        atexit.register(ckpt.close)  # runs last, and has nothing to wait for
+        atexit.register(where)
+        ckpt.open()
+        libc = ctypes.CDLL(None)
+        libc.on_exit(libc.sleep, None)  # called with the exit status, when the interpreter is gone; the worker beats on
+        sys.exit(2)
+    """
+    result = run_script(code, tmp_path)
+    assert (result.returncode, result.stdout) == (2, "1\n"), result.stderr
+
+
 def test_a_second_ctrl_c_ends_the_wait(tmp_path: Path) -> None:
     """The first one unwinds and drains; the second ends the drain, the worker keeps what is staged."""
     trainer = start_script(
