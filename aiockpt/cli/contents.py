@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from aiockpt.errors import CheckpointCorruptError, ConfigError
+from aiockpt.errors import CheckpointCorruptError
 from aiockpt.format.dtypes import nbytes_of
 from aiockpt.format.manifest import Manifest
 from aiockpt.format.names import MANIFEST_NAME, Segments, dotted
@@ -93,14 +93,7 @@ def refuse_idle(names: Selection, *manifests: Manifest) -> None:
     if names.everything:
         return
     known = [dotted(path) for manifest in manifests for path, _ in walk(manifest.plan.tree)]
-    idle = names.idle_includes(known)
-    if idle:
-        steps = " or ".join(str(manifest.head.step) for manifest in manifests)
-        raise ConfigError(
-            f"nothing in step {steps} is named {', '.join(map(repr, idle))}",
-            next=f"names are dotted, as in {', '.join(map(repr, known[:3]))}" if known else "",
-            argument="tensors",
-        )
+    names.refuse_idle(known, argument="--tensors")
 
 
 def form_of(manifest: Manifest, entry: int) -> tuple[str, tuple[int, ...]]:

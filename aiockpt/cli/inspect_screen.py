@@ -47,12 +47,12 @@ def show_tree(screen: Console, manifest: Manifest, run: str, *, newer: int, coun
         count: Of the run's checkpoints.
     """
     head = manifest.head
+    parts = outline(manifest, min(max(screen.width - _TREE_NAMES, _LEAST_ROOM), _MOST_ROOM))
+    drawing = draw(parts)
     place = "the newest" if not newer else f"{newer} newer"
     screen.print(f"step {head.step}", style="bold", end="")
     screen.print(f" of {printable(run)}, {place}{f' of {count}' if count > 1 else ''}", soft_wrap=True)
     screen.print(table(_HEAD, list(_head_rows(manifest)), screen.width), soft_wrap=True)
-    parts = outline(manifest, min(max(screen.width - _TREE_NAMES, _LEAST_ROOM), _MOST_ROOM))
-    drawing = draw(parts)
     if parts:
         screen.print()
         screen.print(table(_TREE, [_tree_row(row) for row in drawing.rows], screen.width), soft_wrap=True)
@@ -110,9 +110,9 @@ def _metadata(manifest: Manifest) -> list[str]:
 
 def _tree_row(row: Row) -> list[Cell | str]:
     part = row.part
-    *above, follows = row.lines
-    guide = "".join("│  " if line else "   " for line in above[1:]) if above else ""
-    lines = f"{guide}{'├─ ' if follows else '└─ '}" if above else ""
+    lines = ""
+    if len(row.lines) > 1:  # what stands at the top has none
+        lines = "".join("│  " if line else "   " for line in row.lines[1:-1]) + ("├─ " if row.lines[-1] else "└─ ")
     inside = bool(part.children)
     name = Cell(f"{lines}{part.name}{part.tail}", "bold" if inside else "", len(lines))
     size = size_text(part.nbytes / part.count) if part.tensors else ""
@@ -123,8 +123,6 @@ def _tree_row(row: Row) -> list[Cell | str]:
 
 def _what(row: Row) -> str:
     part = row.part
-    if part.tensors == 0 and not part.children:
-        return part.what
     if not part.children:
         return part.what
     words = [part.what] if part.what else []

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from aiockpt.cli import completion
 from aiockpt.cli.arguments import TROUBLE, make_parser
 from aiockpt.cli.screen import MissingExtraError, in_old_encoding, printable
-from aiockpt.errors import CheckpointError
+from aiockpt.errors import CheckpointCorruptError, CheckpointError
 
 __all__ = ["main"]
 
@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except (CheckpointError, MissingExtraError) as exc:
         return _say(exc)
+    except RecursionError:  # of a tree in a damaged or hostile manifest; what was saved is not that deep
+        return _say(CheckpointCorruptError("the checkpoint is nested too deep to be shown", next="look at another one"))
     except BrokenPipeError:  # the reader has seen enough, as in "aiockpt ls RUN | head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to fail at exit
         return 128 + signal.SIGPIPE

@@ -11,7 +11,7 @@ from aiockpt.cli.contents import form_of, nbytes_of_entry
 from aiockpt.cli.screen import printable
 from aiockpt.cli.value_text import items_of, value_text
 from aiockpt.format.manifest import Manifest
-from aiockpt.format.tree import Node, children, is_blob, value_number
+from aiockpt.format.tree import OWN, PER_RANK, Node, children, is_blob, value_number
 
 __all__ = ["Part", "Row", "Rows", "draw", "outline"]
 
@@ -25,6 +25,8 @@ _VALUE_ROOM = 60
 """Characters of a value; the more, the fewer long ones are drawn as a row for each item."""
 _ROW_ROOM = 56
 """Characters of a module's few tensors that are drawn in its row."""
+_MOST_SEGMENTS = 40
+"""Of a name that are nested; nobody's modules are deeper, and a name may have thousands of dots."""
 _NUMBERED = re.compile(r"(.*?)(\d+)")
 
 
@@ -74,7 +76,7 @@ class _Branch:
 
     def add(self, name: str, node: Node) -> None:
         branch = self
-        for segment in name.split("."):
+        for segment in name.split(".", _MOST_SEGMENTS):
             branch = branch.branches.setdefault(segment, _Branch())
         branch.leaf = node
 
@@ -104,6 +106,10 @@ class _Builder:
             return self._tensor(name, node)
         if _is_optimizer(node):
             return self._optimizer(name, node)
+        if isinstance(node, list) and node[0] == PER_RANK:
+            return self._part(name, node[1])
+        if isinstance(node, list) and node[0] == OWN:
+            return Part(name, "of each rank its own", form=self._form(OWN))
         if isinstance(node, list) and node[0] in ("list", "tuple"):
             return self._container(name, [self._part(index, child) for index, child in children(node)])
         return self._dotted(name, node, self._part)

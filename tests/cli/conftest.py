@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,21 @@ from torch import nn
 import aiockpt.blocking
 
 
-@pytest.fixture
-def run_directory(tmp_path: Path) -> Path:
-    """A run with steps 0, 5 and 10."""
-    run = tmp_path / "run"
+@pytest.fixture(scope="session")
+def saved_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with steps 0, 5 and 10; nobody changes it."""
+    run = tmp_path_factory.mktemp("saved") / "run"
     with aiockpt.blocking.Checkpointer(run) as checkpointer:
         for step in (0, 5, 10):
             state = {"model": {"weight": torch.full((300, 1000), float(step))}, "progress": {"step": step}}
             checkpointer.save(step, state).result()
     return run
+
+
+@pytest.fixture
+def run_directory(saved_run: Path, tmp_path: Path) -> Path:
+    """A copy of that run, for the test alone."""
+    return Path(shutil.copytree(saved_run, tmp_path / "run"))
 
 
 class Block(nn.Module):

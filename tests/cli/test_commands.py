@@ -11,6 +11,7 @@ import pytest
 import aiockpt
 from aiockpt.storage.readers import open_checkpoint
 from tests.cli.shell import command, on_a_terminal
+from tests.restoring.writing import write_step
 
 pytestmark = pytest.mark.process
 
@@ -68,6 +69,18 @@ def test_ls_shows_what_is_damaged_and_what_was_put_aside(run_directory: Path) ->
     assert [entry["step"] for entry in listing["damaged"] + listing["bad"]] == [5, 0]
 
 
+def test_ls_of_a_long_run(tmp_path: Path) -> None:
+    """The newest fifty, and how many there are more; all of them where that is asked for, or a program asks."""
+    run = tmp_path / "run"
+    for step in range(0, 550, 10):
+        write_step(run, step, {"x": step})
+    shown = command("ls", run).stdout.splitlines()
+    assert shown[1].split()[0] == "540"
+    assert shown[51:] == ["… 5 older, to step 0: --all lists them", f"55 checkpoints, 0 B, in {run}"]
+    assert len(command("ls", run, "--all").stdout.splitlines()) == 57
+    assert len(json.loads(command("ls", run, "--json").stdout)["checkpoints"]) == 55
+
+
 def test_verify_takes_the_newest(run_directory: Path) -> None:
     """And says how much was read."""
     done = command("verify", run_directory)
@@ -82,12 +95,22 @@ def test_verify_all(run_directory: Path) -> None:
     assert [(entry["step"], entry["ok"]) for entry in report["checkpoints"]] == [(0, True), (5, True), (10, True)]
 
 
+def test_verify_of_one_directory(run_directory: Path) -> None:
+    """A step by its own path; what has lost its manifest is bad, not missing."""
+    report = json.loads(command("verify", run_directory / "step-5", "--json").stdout)
+    assert (report["ok"], [entry["step"] for entry in report["checkpoints"]]) == (True, [5])
+    (run_directory / "step-5" / "manifest.json").unlink()
+    done = command("verify", run_directory / "step-5")
+    assert (done.returncode, done.stdout) == (1, "step 5: BAD: manifest.json: it has no manifest.json\n")
+
+
 def test_verify_names_the_bad_file_and_offset(run_directory: Path) -> None:
     """Exit status 1; the other steps are looked at all the same."""
     file = tensor_file(run_directory, 5)
     flip(file, file.stat().st_size - 1)
     done = command("verify", run_directory, "--all")
     assert done.returncode == 1
+    assert done.stdout.endswith("3 checkpoints, 1 BAD\n")
     assert "step 5: BAD: model/model-00001-of-00001.safetensors, offset 4096: " in done.stdout
     assert "step 10: good" in done.stdout
     report = json.loads(command("verify", run_directory, "--step", "5", "--json").stdout)
@@ -157,6 +180,7 @@ def test_rm_of_damaged_and_bad_ones(run_directory: Path) -> None:
         (("ls", "{tmp}/file"), "file"),
         (("ls", "{tmp}/foreign"), "neither aiockpt.json nor a checkpoint"),
         (("ls", "{tmp}/newer"), "upgrade aiockpt"),
+        (("ls", "{run}/step-5"), 'it is one checkpoint: look with "aiockpt inspect'),
         (("verify", "{tmp}/nowhere"), "it does not exist"),
         (("verify", "{run}", "--step", "7"), "it has 0, 5, 10"),
         (("verify", "{run}", "--step", "-1"), "not a whole number"),
@@ -192,7 +216,7 @@ def test_a_run_without_checkpoints(tmp_path: Path) -> None:
     assert command("verify", tmp_path / "run").returncode == 2
 
 
-@pytest.mark.parametrize("arguments", [("ls",), ("verify",), ("rm", "5"), ("demo",)])
+@pytest.mark.parametrize("arguments", [("ls",), ("inspect",), ("diff", "0", "5"), ("verify",), ("rm", "5"), ("demo",)])
 def test_without_rich_one_line_says_what_to_install(run_directory: Path, arguments: tuple[str, ...]) -> None:
     """Before anything is done: rm has removed nothing."""
     name, *rest = arguments

@@ -6,11 +6,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 import aiockpt.blocking
+from aiockpt.format.manifest import decode_manifest, encode_manifest
 from tests.cli.shell import command
 from tests.restoring.writing import write_step
 
@@ -121,6 +124,20 @@ def test_a_damaged_header_is_named(trained_run: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert f"{file} is damaged at byte 0" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_tree_without_end_is_one_line_and_status_2(tmp_path: Path) -> None:
+    """A manifest that is damaged so that its sums fit, or that somebody made."""
+    manifest = write_step(tmp_path / "run", 1, {"w": torch.ones(2)}) / "manifest.json"
+    decoded = decode_manifest(manifest.read_bytes(), file="")
+    tree: Any = 0
+    for _ in range(800):
+        tree = {"a": tree, "b": 0}
+    plan = msgspec.json.encode(msgspec.structs.replace(decoded.plan, tree=tree))
+    manifest.write_bytes(encode_manifest(decoded.head, decoded.files, values=b"[]", metadata=b"null", plan=plan))
+    done = command("inspect", tmp_path / "run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "aiockpt: the checkpoint is nested too deep to be shown; look at another one\n"
 
 
 def test_it_holds_retention_off(trained_run: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import nn
@@ -156,15 +157,32 @@ def test_ten_thousand_tensors_stay_readable(tmp_path: Path) -> None:
     letters = [f"{chr(97 + i % 26)}{chr(97 + i // 26 % 26)}{chr(97 + i // 676)}" for i in range(10_000)]
     wide = {f"{name}": torch.ones(size) for name, size in zip(letters, sizes, strict=True)}
     deep: dict[str, Any] = {}
-    for name, size in zip(letters, sizes, strict=True):
-        deep.setdefault(name[2], {}).setdefault(name[1], {})[name[0]] = torch.ones(size)
-    for state in ({"wide": wide}, {"deep": deep}, {f"top{name}": t for name, t in wide.items()}):
+    for name, size in list(zip(letters, sizes, strict=True))[:2000]:
+        deep.setdefault(name[1], {}).setdefault(name[0], {})[name[2]] = torch.ones(size)
+    for state in ({"deep": deep}, {name: wide[name] for name in letters[:500]}):
         drawing = draw(parts_of(tmp_path / next(iter(state)), state))
         assert 15 < len(drawing.rows) <= 150
         assert drawing.folded > 0
     shown = draw(parts_of(tmp_path / "shown", {"wide": wide})).rows
     assert (len(shown), shown[-1].part.what) == (42, "9960 more")
     assert shown[0].part.tensors == 10_000
+
+
+def test_a_name_of_a_thousand_dots(tmp_path: Path) -> None:
+    """Is nested as far as names usually are."""
+    name = ".".join(["a"] * 1000)
+    (row, *_) = draw(parts_of(tmp_path, {"m": {name: torch.ones(1)}})).rows
+    assert row.part.name + row.part.tail == f"m.{name}"
+
+
+def test_what_is_of_each_rank(tmp_path: Path) -> None:
+    """Is named as such; alone it is what it is."""
+    with open_checkpoint(str(write_step(tmp_path, 1, {"w": torch.ones(2)}))) as checkpoint:
+        plan = msgspec.structs.replace(
+            checkpoint.manifest.plan, tree={"rng": ["own", "rng"], "loader": ["per_rank", {"w": 0}]}
+        )
+        parts = outline(msgspec.structs.replace(checkpoint.manifest, plan=plan))
+    assert text_of(parts) == ["rng|of each rank its own", "loader.w|float32 [2]"]
 
 
 def test_an_empty_state(tmp_path: Path) -> None:
