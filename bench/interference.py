@@ -159,7 +159,7 @@ def figure(report: Report) -> Figure:
         light=lambda row: max(row["step_ratio_p99"], row["step_ratio_median"]),
         text=lambda row: (
             f"{row['step_ratio_median']:.2f}, p99 {row['step_ratio_p99']:.2f}; "
-            f"{row['saves']} saves in {row['steps']} steps, {seconds_text(row['cost_s'])} lost for each"
+            f"a save costs {seconds_text(row['cost_s'])}"
         ),
         line=1.0,
         line_label="alone",

@@ -47,7 +47,7 @@ def draw(figure: Figure, file: Path) -> None:
         axes.annotate(f" {figure.text(row)}", (figure.light(row), place), va="center", fontsize=8)
     axes.axvline(figure.line, color=_LINE, linestyle="--", linewidth=1.2, label=figure.line_label)
     axes.set_yticks(range(len(rows)), [f"{row['system']}\n{row['case']}" for row in rows], fontsize=8)
-    axes.set_xlim(0, 1.35 * max(figure.light(row) for row in rows))
+    axes.set_xlim(0, 1.5 * max(figure.light(row) for row in rows))
     axes.set_xlabel(figure.axis)
     axes.set_title(figure.title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
