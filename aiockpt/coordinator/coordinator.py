@@ -210,16 +210,18 @@ class Coordinator:
         refuse_capture("prepare()")
         span = self.spans.begin("prepare")
         with span.unless_it_fails():
-            plan, collected = self._opened.saving.plan(state)
-        return loop.submit(self._prepare, plan, collected, span)
+            saving = self._opened.saving
+            plan, collected = saving.plan(state)
+            arena_nbytes = saving.arena_nbytes(plan, collected)
+        return loop.submit(self._prepare, plan, collected, arena_nbytes, span)
 
-    async def _prepare(self, plan: LocalPlan, collected: Collected, span: OpenSpan) -> None:
+    async def _prepare(self, plan: LocalPlan, collected: Collected, arena_nbytes: int, span: OpenSpan) -> None:
         me = object()
         with span:
             while not self._desk.take_slot(me):
                 await wait_for(self._desk.when_free())
             try:
-                arena = await self._arena.ensure(plan.arena_nbytes, collected.cuda_device())
+                arena = await self._arena.ensure(arena_nbytes, collected.cuda_device())
                 await anyio.to_thread.run_sync(self._stager.prepare, plan, collected, arena)
             finally:
                 self._desk.free_slot(me)

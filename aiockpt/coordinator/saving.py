@@ -27,13 +27,14 @@ from aiockpt.errors import (
     StepExistsError,
     UsageError,
 )
-from aiockpt.planning.local import LocalPlan, PlanCache
+from aiockpt.planning.local import LocalPlan, PlanCache, plan_local
 from aiockpt.protocol.lifecycle import SaveEvent
 from aiockpt.protocol.messages import BeginSave
 from aiockpt.staging.arena import ArenaView
 from aiockpt.staging.guard import refuse_capture
 from aiockpt.staging.stager import Stager
 from aiockpt.state.collect import Collected, collect
+from aiockpt.state.expected import expected_entries
 from aiockpt.state.values import encode_metadata, encode_values
 from aiockpt.storage.faults import FaultPoint, Faults
 
@@ -114,6 +115,14 @@ class Saving:
         """Return the plan that a save of ``state`` would have, and what it is of."""
         collected = collect(state)
         return self.plans.plan(collected.entries, collected.tree, collected.plain_files), collected
+
+    @staticmethod
+    def arena_nbytes(plan: LocalPlan, collected: Collected) -> int:
+        """Return the shared memory that saves of this state take, also once its optimizers have stepped."""
+        expected = expected_entries(collected)
+        if not expected:
+            return plan.arena_nbytes
+        return plan_local([*collected.entries, *expected], collected.tree, collected.plain_files).arena_nbytes
 
     @contextmanager
     def _one_thread(self) -> Iterator[None]:

@@ -361,3 +361,18 @@ def test_the_worker_imports_no_torch(tmp_path: Path) -> None:
         assert "msgspec" in maps
         assert "torch" not in maps
         assert "numpy" not in maps
+
+
+def test_prepare_makes_room_for_state_that_optimizers_do_not_have_yet(tmp_path: Path) -> None:
+    """The usual order: restore, prepare, train. The first save finds memory enough."""
+    module = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(module.parameters())
+    state = {"model": module, "optimizer": optimizer}
+    with blocking.Checkpointer(tmp_path) as ckpt:
+        ckpt.restore(state)
+        ckpt.prepare(state)
+        made = ckpt.statistics().arena_nbytes
+        module(torch.ones(1, 64)).sum().backward()
+        optimizer.step()
+        ckpt.save(0, state).result(60)
+        assert ckpt.statistics().arena_nbytes == made
