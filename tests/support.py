@@ -108,9 +108,14 @@ def attempts(run: Path) -> list[str]:
 ROOT = Path(__file__).parent.parent
 
 
+def python_path() -> str:
+    """Return a ``PYTHONPATH`` by which a child finds the project, and what this process finds by its own."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
 def start_script(code: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
     """Start Python on ``code`` with the project importable; stdout is a pipe of text."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
         stdout=subprocess.PIPE,

@@ -25,7 +25,7 @@ CHUNK_NBYTES = 64 << 20
 JOINED_NBYTES = 4 << 20
 """Smaller tensors are joined on the device: between two copies the copy engine pauses for 1 to 2 us, which is what it
 takes for 50 to 100 KB, and the enqueueing of each holds the caller for about 5 us."""
-RUN_NBYTES = 16 << 20
+RUN_NBYTES = 32 << 20
 """Most bytes that are joined at once: what a save takes of the device's memory."""
 _MAX_CHUNKS = 16_384  # 1 TiB, more than a device has
 _WORD_NBYTES = 64  # the progress word, on a cache line of its own

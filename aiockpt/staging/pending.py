@@ -257,7 +257,9 @@ class PendingCopies:
             self._changed.notify_all()
 
     def release(self) -> None:
-        """Let all memory go, and the save; after the last copy, or when none will be made."""
+        """Let all memory go, the events, and the save; after the last copy, or when none will be made."""
         self._on_failure = _nobody
+        for owner in (*self._owners.values(), self._all):
+            owner.events = {}  # in a forked child their destructor would end the process
         for lazy in self._all.lazies:
             lazy.release()

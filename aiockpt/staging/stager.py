@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import os
@@ -236,6 +237,9 @@ class Stager:
         guard.forget_in_child()
         for side in self._sides.values():
             side.forget_in_child()
+        if self._last is not None and not self._last.done:
+            # Never freed here: the destructor of a CUDA event, which it holds, would end a forked child.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._last))
         self._last = self._layout = None
 
     def _refuse_misuse(self) -> None:
