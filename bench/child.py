@@ -19,6 +19,7 @@ import torch
 
 from bench.entrant import Restorer, Saver, stopwatch, timed_save, tree_nbytes
 from bench.entrants import load_class
+from bench.gpu_role import DeviceTraining
 from bench.state import BenchState, Training, make_state
 from bench.stepping import Stepping
 
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tensor-nbytes", type=int, default=4096)
     parser.add_argument("--nofile", type=int)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dir", type=Path, required=True)
     parser.add_argument("--reply-fd", type=int, required=True)
     args = parser.parse_args(argv)
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _serve(args: argparse.Namespace, answer: Callable[[Answer], None]) -> None:
-    state = make_state(args.state, args.size, tensor_nbytes=args.tensor_nbytes)
+    state = make_state(args.state, args.size, tensor_nbytes=args.tensor_nbytes, device=args.device)
     descriptors = len(os.listdir("/proc/self/fd"))
     role: Role = _ROLES[args.role](load_class(args.place), state, args.dir)
     answer({"descriptors": descriptors, **role.begin()})
@@ -154,6 +156,7 @@ _ROLES: dict[str, Callable[[type[Any], BenchState, Path], Role]] = {
     "save": _Saving,
     "restore": _Restoring,
     "train": _Training,
+    "gpu": DeviceTraining,
 }
 
 

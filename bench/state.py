@@ -107,7 +107,7 @@ class _Parameters(nn.Module):
         self.items = nn.ParameterList(torch.rand(nbytes // 4) for _ in range(count))
 
 
-def make_state(kind: str, nbytes: int, *, tensor_nbytes: int = 4096, seed: int = 0) -> BenchState:
+def make_state(kind: str, nbytes: int, *, tensor_nbytes: int = 4096, seed: int = 0, device: str = "cpu") -> BenchState:
     """Return a state of this size.
 
     Args:
@@ -116,12 +116,13 @@ def make_state(kind: str, nbytes: int, *, tensor_nbytes: int = 4096, seed: int =
         nbytes: Of the whole.
         tensor_nbytes: Of each small tensor.
         seed: Of the random values.
+        device: Of the parameters of a GPT, and with them of its optimizer's state.
     """
     torch.manual_seed(seed)
     count = max(1, nbytes // tensor_nbytes)
     match kind:
         case "gpt":
-            return _gpt(nbytes)
+            return _gpt(nbytes, device)
         case "tensors":
             return Tensors(count, tensor_nbytes)
         case "parameters":
@@ -130,7 +131,7 @@ def make_state(kind: str, nbytes: int, *, tensor_nbytes: int = 4096, seed: int =
     raise ValueError(f"there is no state {kind!r}")
 
 
-def _gpt(nbytes: int) -> Training:
+def _gpt(nbytes: int, device: str) -> Training:
     parameters = nbytes // _BYTES_PER_PARAMETER
     width, layers = _WIDTHS[0][0], 1
     for candidate, most in _WIDTHS:
@@ -142,7 +143,8 @@ def _gpt(nbytes: int) -> Training:
         if parameters - layers * per_block <= _LARGEST_VOCABULARY * candidate:
             break
     rest = parameters - layers * _block_parameters(width) - (2 + CONTEXT) * width
-    model = GPT(width, layers, vocabulary=max(1, rest // width))
+    with torch.device(device):
+        model = GPT(width, layers, vocabulary=max(1, rest // width))
     return Training(model, torch.optim.AdamW(model.parameters(), lr=1e-6))
 
 
