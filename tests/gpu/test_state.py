@@ -1,3 +1,5 @@
+"""Reading a state that is on the device."""
+
 from __future__ import annotations
 
 import random
@@ -10,6 +12,7 @@ from torch import nn
 from aiockpt.state.collect import collect
 from aiockpt.state.objects import load_object
 from aiockpt.state.rng import RNG
+from tests.gpu.scenes import DEVICE
 from tests.state.rebuild import rebuild, same
 
 pytestmark = pytest.mark.gpu
@@ -24,35 +27,35 @@ def no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def test_collecting_never_waits_for_the_device(no_waiting: None):
+def test_collecting_never_waits_for_the_device(no_waiting: None) -> None:
     """Module, fused optimizer, scaler, conjugates and generators are read while kernels may still run."""
-    model = nn.Linear(4, 4, device="cuda")
+    model = nn.Linear(4, 4, device=DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    scaler = torch.amp.GradScaler("cuda")
-    scaler.scale(model(torch.ones(2, 4, device="cuda")).sum()).backward()
+    scaler = torch.amp.GradScaler(DEVICE)
+    scaler.scale(model(torch.ones(2, 4, device=DEVICE)).sum()).backward()
     optimizer.step()
-    lazy = torch.ones(3, device="cuda", dtype=torch.complex64).conj()
+    lazy = torch.ones(3, device=DEVICE, dtype=torch.complex64).conj()
     collected = collect({"m": model, "o": optimizer, "s": scaler, "z": lazy, "rng": RNG()})
     names = {entry.segments for entry in collected.entries}
     assert {("s", "scale"), ("s", "_growth_tracker"), ("o", "state", "m.weight", "step")} <= names
 
 
-def test_cuda_generators_go_on_where_they_were():
+def test_cuda_generators_go_on_where_they_were() -> None:
     """Each device draws the same numbers again."""
     kept = random.getstate()
-    torch.rand(1, device="cuda")
+    torch.rand(1, device=DEVICE)
     saved = rebuild(collect({"rng": RNG()}))["rng"]
-    expected = torch.rand(5, device="cuda")
+    expected = torch.rand(5, device=DEVICE)
     load_object(RNG(), saved)
-    assert same(torch.rand(5, device="cuda").cpu(), expected.cpu())
+    assert same(torch.rand(5, device=DEVICE).cpu(), expected.cpu())
     random.setstate(kept)
 
 
-def test_a_scaler_loads_into_tensors_on_the_device():
+def test_a_scaler_loads_into_tensors_on_the_device() -> None:
     """The scale comes back into the live tensor, which a captured graph may read."""
-    scaler, fresh = torch.amp.GradScaler("cuda", init_scale=4.0), torch.amp.GradScaler("cuda")
-    scaler.scale(torch.ones(1, device="cuda"))
-    fresh.scale(torch.ones(1, device="cuda"))
+    scaler, fresh = torch.amp.GradScaler(DEVICE, init_scale=4.0), torch.amp.GradScaler(DEVICE)
+    scaler.scale(torch.ones(1, device=DEVICE))
+    fresh.scale(torch.ones(1, device=DEVICE))
     held = fresh._scale
     load_object(fresh, rebuild(collect({"s": scaler}))["s"])
     assert fresh._scale is held
