@@ -313,28 +313,30 @@ class Coordinator:
         deadline = anyio.current_time() + (self.options.close_timeout or float("inf"))
         try:
             self._desk.close(failures.closed)
+            why = "close_timeout passed" if drain else "close(drain=False)"
             if self._run is not None:
-                await self._end_saves(self._run.saves, drain, deadline)
+                await self._end_saves(self._run.saves, drain, deadline, why)
             if self._left.is_set():
                 await self._supervisor.leave()
             else:
                 await self._supervisor.close(max(1.0, deadline - anyio.current_time()))
+            if self._run is not None:
+                await self._run.saves.end_all(why)
         finally:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(self._release)
 
-    async def _end_saves(self, saves: Saves, drain: bool, deadline: float) -> None:
-        why = "close(drain=False)"
+    async def _end_saves(self, saves: Saves, drain: bool, deadline: float, why: str) -> None:
         if drain:
             with anyio.move_on_at(deadline):
                 await wait_for(self._desk.when_idle(), self._left)
-            why = "close_timeout passed"
-        if not self._left.is_set():  # else the worker is to finish what is staged
-            for save in self._desk.in_flight():
-                saves.give_up(save, failures.abandoned(save, why))
-            with anyio.move_on_after(ABANDON_SECONDS):
-                await wait_for(self._desk.when_idle())
-        saves.fail_all(failures.left if self._left.is_set() else lambda save: failures.unknown(save, why))
+        if self._left.is_set():  # the worker is to finish what is staged
+            saves.fail_all(failures.left)
+            return
+        for save in self._desk.in_flight():
+            saves.give_up(save, failures.abandoned(save, why))
+        with anyio.move_on_after(ABANDON_SECONDS):
+            await wait_for(self._desk.when_idle())
 
     def _release(self) -> None:
         self._stager.close()

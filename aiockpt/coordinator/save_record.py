@@ -123,6 +123,10 @@ class SaveRecord:
         """Note that the worker was sent all that it needs, or needs nothing any more."""
         self._handed_over.set()
 
+    def taken_back(self) -> None:
+        """Note that the worker is gone, and the next one needs all of it again."""
+        self._handed_over.clear()
+
     def note_staged(self, file: int, upto: int) -> None:
         """Remember how much of a file is staged; from any thread."""
         with self._lock:

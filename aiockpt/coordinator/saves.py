@@ -18,7 +18,7 @@ from aiockpt.coordinator.results import Saved
 from aiockpt.coordinator.save_record import SaveRecord
 from aiockpt.coordinator.statistics import Rate
 from aiockpt.coordinator.tally import Tally
-from aiockpt.errors import CheckpointError, CommitUnknownError, SaveCancelledError, WorkerExitedError
+from aiockpt.errors import CheckpointError, CommitUnknownError, ProtocolError, SaveCancelledError, WorkerExitedError
 from aiockpt.format.names import attempt_name, parse_step
 from aiockpt.protocol.lifecycle import SaveEvent, SaveState
 from aiockpt.protocol.messages import Cancel, Committed, EndStaging, Failed, Message, Progress, SlotFree, Staged
@@ -33,6 +33,9 @@ _log = logging.getLogger("aiockpt.save")
 
 MAX_DEATHS = 2
 """Workers that may die on one save: the second death is most likely the save's own doing."""
+
+LOOK_SECONDS = 5.0
+"""For a look into the run directory at close: where the disk hangs, nobody can say what was published."""
 
 
 class Saves:
@@ -91,14 +94,17 @@ class Saves:
             self._faults.at(FaultPoint.TRAINER_STAGED_SENT)
 
     async def _hand_over(self, save: SaveRecord) -> None:
-        if self._link is not None:
-            await self._link.wait_idle()
-        save.handed_over()
+        link = self._link
+        if link is not None:  # else worker_up comes back to this
+            await link.wait_idle()
+            if link is self._link:
+                save.handed_over()
 
     def cancel(self, save: SaveRecord) -> None:
-        """The user's wish: who cancels knows of it, so nobody else is told."""
-        save.heard = True
-        self.give_up(save, failures.cancelled(save))
+        """The user's wish: who cancels knows of it, so nobody else is told. A failure that came before is told."""
+        if self._may_give_up(save):
+            save.heard = True
+            self.give_up(save, failures.cancelled(save))
 
     def watch_timeout(self, save: SaveRecord) -> None:
         """Hold the save to its ``timeout``, counted from the call of ``save()``."""
@@ -111,17 +117,19 @@ class Saves:
 
     def give_up(self, save: SaveRecord, error: BaseException) -> None:
         """Cancel a save; ``error`` is its outcome unless the worker commits it first."""
-        if save.is_final or save.cancelling is not None or save.state is SaveState.COMMITTING:
+        if not self._may_give_up(save):
             return
         save.cancelling = error
         if save.staging is not None:
             save.staging.cancel()
         if save.state is SaveState.PLANNED:  # the worker has not heard of it
-            save.with_worker = False
             self._finish(save, error)
         elif self._link is not None:
             self._send(Cancel(save_id=save.save_id))
         # else: worker_down settles it
+
+    def _may_give_up(self, save: SaveRecord) -> bool:
+        return not save.is_final and save.cancelling is None and save.state is not SaveState.COMMITTING
 
     # ---- from the worker
 
@@ -133,11 +141,17 @@ class Saves:
                 _observe_writing(save)
                 for frame in save.replay():
                     link.send(frame)
+                if save.end is not None:
+                    self._tasks.start_soon(self._hand_over, save)
                 if save.cancelling is not None:
                     link.send(Cancel(save_id=save.save_id))
 
     def worker_says(self, message: Message) -> None:
-        """Take an answer; one for a save that is not open is dropped and counted."""
+        """Take an answer; one for a save that is not open is dropped and counted.
+
+        Raises:
+            ProtocolError: It cannot be true.
+        """
         holder = self._desk.holder
         if isinstance(message, SlotFree) and isinstance(holder, SaveRecord) and holder.save_id == message.save_id:
             holder.with_worker = False
@@ -147,6 +161,7 @@ class Saves:
         if save is None:
             self.tally.count("dropped_answers")
             return
+        _check_answer(message, save)
         match message:
             case Progress():
                 self._progress(save, message)
@@ -179,6 +194,22 @@ class Saves:
             save.with_worker = False
             self._finish(save, save.cancelling or error(save))
 
+    async def end_all(self, why: str) -> None:
+        """The last worker is gone, at close: what it had published decides about all that is still open."""
+        self._link = None
+        for save in self._desk.in_flight():
+            found: Future[Known | None] = Future()
+            with anyio.move_on_after(LOOK_SECONDS):
+                await anyio.to_thread.run_sync(
+                    self._fence_and_look, save, found, limiter=self._limiter, abandon_on_cancel=True
+                )
+            save.with_worker = False
+            is_known = found.done() and found.exception() is None
+            if is_known and (known := found.result()) is not None:
+                self._committed(save, known.path, known.nbytes, {}, [])
+            else:
+                self._finish(save, (is_known and save.cancelling) or failures.unknown(save, why))
+
     # ---- inside
 
     def _progress(self, save: SaveRecord, message: Progress) -> None:
@@ -199,21 +230,11 @@ class Saves:
     async def _settle(self, save: SaveRecord, error: CheckpointError) -> None:
         save.deaths += 1
         save.work_span.fail(error)
-        assert save.begin is not None
-        name = attempt_name(save.step, save.save_id, save.begin.attempt)
         found: Future[Known | None] = Future()
         returned = anyio.Event()
 
-        def look_and_fence() -> None:
-            try:
-                self._faults.at(FaultPoint.TRAINER_BEFORE_FENCE)
-                self._claim.fence(name)
-                found.set_result(self._claim.find(save.step, save.save_id))
-            except BaseException as exc:  # noqa: BLE001  # it is delivered below
-                found.set_exception(exc)
-
         async def run() -> None:
-            await anyio.to_thread.run_sync(look_and_fence, limiter=self._limiter)
+            await anyio.to_thread.run_sync(self._fence_and_look, save, found, limiter=self._limiter)
             returned.set()
 
         async with anyio.create_task_group() as tasks:
@@ -224,6 +245,16 @@ class Saves:
                 self._finish(save, failures.unknown(save, "the run directory did not answer within io_timeout"))
             # The task group waits here: no worker starts before the rename has returned.
         self._settled(save, error, found)
+
+    def _fence_and_look(self, save: SaveRecord, found: Future[Known | None]) -> None:
+        """In a thread: see that a late rename finds nothing, then whether one came before."""
+        assert save.begin is not None
+        try:
+            self._faults.at(FaultPoint.TRAINER_BEFORE_FENCE)
+            self._claim.fence(attempt_name(save.step, save.save_id, save.begin.attempt))
+            found.set_result(self._claim.find(save.step, save.save_id))
+        except BaseException as exc:  # noqa: BLE001  # it is delivered to who asked
+            found.set_exception(exc)
 
     def _settled(self, save: SaveRecord, error: CheckpointError, found: Future[Known | None]) -> None:
         if save.is_final:
@@ -252,6 +283,7 @@ class Saves:
             assert save.begin is not None
             save.begin = msgspec.structs.replace(save.begin, attempt=save.begin.attempt + 1)
             save.written_nbytes = 0
+            save.taken_back()
             save.move(SaveEvent.WORKER_DIED)
             self.tally.count("retried")
 
@@ -286,6 +318,7 @@ class Saves:
         save.outcome.set_result(result)
         save.handed_over()
         self._desk.remove(save)
+        self._maybe_free(save)
 
     def _finish(self, save: SaveRecord, error: BaseException) -> None:
         if save.is_final:
@@ -309,7 +342,8 @@ class Saves:
         self._maybe_free(save)
 
     def _maybe_free(self, save: SaveRecord) -> None:
-        if not save.with_worker and not save.copying:
+        """Free the slot where nobody needs what lies in it: not before the outcome, as a retry would read it again."""
+        if save.is_final and not save.with_worker and not save.copying:
             self._desk.free_slot(save)
 
 
@@ -319,6 +353,16 @@ _WAY_TO_COMMIT = (
     (SaveEvent.COMMIT_BEGUN, SaveState.WRITTEN),
     (SaveEvent.COMMIT_DONE, SaveState.COMMITTING),
 )
+
+
+def _check_answer(message: Message, save: SaveRecord) -> None:
+    """Refuse an answer to what was not said: before the end of staging nothing can be committed."""
+    if save.state is SaveState.PLANNED or (isinstance(message, Committed) and save.end is None):
+        raise ProtocolError(
+            f"the worker says {type(message).__name__} of a save that is {save.state.value}",
+            why="it was not told enough for that",
+            next="the worker is replaced and the save retried",
+        )
 
 
 def _observe_writing(save: SaveRecord) -> None:
