@@ -85,7 +85,7 @@ class GlobalPlan:
         self._replicas = share_out(entries.keys, self._sizes, entries.placings, entries.entry_placings)
         self._writers = self._find_writers()
         self.folders: tuple[str, ...] = tuple(sorted({folder for one in said for folder in one.body.folders}))
-        """All that any rank has files in."""
+        """Those that need an index. What ranks have for themselves may stand in others."""
         self._extra = {
             (self._writers[entry], key[0])
             for entry, (key, placing) in enumerate(zip(entries.keys, entries.entry_placings, strict=True))

@@ -110,7 +110,7 @@ def _columns(
     members = [entries[i] for i in common]
     classes, entry_classes = class_columns(members)
     placings, entry_placings = intern_placings([entry.placing for entry in members])
-    folder_numbers = {folder: number for number, folder in enumerate(sorted(set(folders)))}
+    folder_numbers = {folder: number for number, folder in enumerate(sorted({folders[i] for i in common}))}
     body = Body(
         classes=classes,
         placings=[sharding_record(placing) if isinstance(placing, Sharding) else None for placing in placings],

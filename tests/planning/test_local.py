@@ -10,30 +10,19 @@ from typing import Any
 
 import msgspec
 import pytest
-import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiockpt.errors import UnsupportedValueError
 from aiockpt.format.dtypes import BITS, nbytes_of
-from aiockpt.format.image import ALIGN, BLOCK_NBYTES, fill_sums, parse_header
+from aiockpt.format.image import ALIGN, parse_header
 from aiockpt.format.manifest import FileRecord, Head, Plan, decode_manifest, encode_manifest
 from aiockpt.format.names import file_name
 from aiockpt.format.tree import Node, walk
 from aiockpt.planning.local import MAX_NAME_LENGTH, Entry, LocalPlan, PlanCache, plan_local
+from tests.planning.files import arena_of, files_of, tree_of
 
 safetensors = pytest.importorskip("safetensors", reason="safetensors is not installed")
-
-
-def tree_of(entries: list[Entry]) -> Node:
-    """Return the tree of nested dicts that the entries' segments make."""
-    tree: dict[str, Any] = {}
-    for number, entry in enumerate(entries):
-        node = tree
-        for segment in entry.segments[:-1]:
-            node = node.setdefault(segment, {})
-        node[entry.segments[-1]] = number
-    return tree
 
 
 def plan_of(*paths: str, **options: Any) -> LocalPlan:
@@ -46,31 +35,6 @@ def body_of(plan: LocalPlan) -> Plan:
     body = dict(plan.texts)[plan.body_offset]
     assert len(body) == plan.body_nbytes
     return msgspec.json.decode(body, type=Plan)
-
-
-def arena_of(plan: LocalPlan, contents: list[bytes]) -> bytes:
-    """Return the slot as a stager fills it."""
-    arena = bytearray(plan.arena_nbytes)
-    for offset, text in plan.texts:
-        arena[offset : offset + len(text)] = text
-    for offset, content in zip(plan.offsets, contents, strict=True):
-        arena[offset : offset + len(content)] = content
-    return bytes(arena)
-
-
-def files_of(plan: LocalPlan, arena: bytes) -> dict[str, bytes]:
-    """Return the files as a worker writes them, checksums filled in."""
-    files = {}
-    for image in plan.files:
-        content = bytearray(arena[image.offset : image.offset + image.nbytes])
-        if image.data_start:
-            header = content[: image.data_start]
-            starts = range(image.data_start, image.nbytes, BLOCK_NBYTES)
-            sums = [xxhash.xxh3_64_intdigest(content[start : start + BLOCK_NBYTES]) for start in starts]
-            fill_sums(header, image.sums_at, sums)
-            content[: image.data_start] = header
-        files[image.path] = bytes(content)
-    return files
 
 
 SEGMENTS = st.text(st.characters(codec="utf-8"), max_size=4) | st.sampled_from(["model", "state", "0", "a.b", "a", "b"])
