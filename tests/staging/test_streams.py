@@ -159,6 +159,21 @@ def test_a_write_that_waits_for_nobody(cuda: FakeCuda, rig: Rig, seed: int) -> N
         assert staging.error.keys == ("p.0",)
 
 
+def test_nothing_of_the_device_is_kept(cuda: FakeCuda, rig: Rig) -> None:
+    """A forked child that drops what is left of a save must not meet a CUDA event there."""
+    scene = Scene(cuda)
+    warm_up(scene, rig, cuda, 0)
+    scene.train()
+    staging = rig.stage(scene.state)
+    scene.optimizer.step()
+    owners = [*staging.pending._owners.values(), staging.pending._all]
+    assert any(owner.events for owner in owners)
+    cuda.run()
+    assert staging.wait(PATIENCE_SECONDS), staging.error
+    assert not any(owner.events for owner in owners)
+    assert staging.devices == []
+
+
 def test_a_device_that_is_late(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its save fails by ``stall_timeout``; the arena is not written into by another one until it has answered."""
     rig = Rig(stall_timeout=0.1)
