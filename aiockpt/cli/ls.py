@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         name = os.path.basename(damaged.path)
         screen.print(f"damaged: {name}: {printable(damaged.why)}", style="red", soft_wrap=True)
     for bad in listing.bad:
-        screen.print(f"put aside as bad: {os.path.basename(bad.path)}", style="yellow", soft_wrap=True)
+        screen.print(f"put aside as bad: {printable(os.path.basename(bad.path))}", style="yellow", soft_wrap=True)
     return 0
 
 

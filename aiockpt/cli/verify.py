@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from aiockpt.cli.listing import Checkpoint, Damaged, Listing, find, newest, read_target
-from aiockpt.cli.screen import console, counted, print_json, reading_bar, size_text
+from aiockpt.cli.screen import console, counted, print_json, printable, reading_bar, size_text
 from aiockpt.errors import CheckpointCorruptError, CheckpointError, StepNotFoundError
 from aiockpt.format.names import MANIFEST_NAME
 from aiockpt.storage.readers import open_checkpoint
@@ -127,4 +127,4 @@ def _show(screen: Console, verdict: Verdict) -> None:
     text = f"step {verdict.step}: BAD: {place}: {verdict.why}"
     if verdict.expected and verdict.found and verdict.expected not in verdict.why:
         text += f" (expected {verdict.expected}, found {verdict.found})"
-    screen.print(text, style="red", soft_wrap=True)
+    screen.print(printable(text), style="red", soft_wrap=True)

@@ -152,6 +152,17 @@ def test_every_line_fits(trained_run: Path, arguments: tuple[str, ...], columns:
     assert len(drawn) > 2
 
 
+def test_rm_on_a_terminal(run_directory: Path) -> None:
+    """A line for what is gone, or one for why it is not."""
+    with Terminal("rm", run_directory, "5") as terminal:
+        assert terminal.finish() == 0
+    assert terminal.lines == ["removed step-5"]
+    with Terminal("rm", run_directory, "5", columns=1000) as terminal:
+        assert terminal.finish() == 2
+    (line,) = terminal.lines
+    assert line.startswith(f"aiockpt: {run_directory} has no step 5; it has 0, 10; ")
+
+
 def test_a_dumb_terminal_gets_plain_text(trained_run: Path) -> None:
     """TERM=dumb: no bar, no control codes."""
     with Terminal("verify", trained_run, TERM="dumb") as terminal:

@@ -42,6 +42,12 @@ def test_what_gives_way(width: int, shown: str) -> None:
     assert len(lines(width)[1]) <= width
 
 
+def test_no_terminal_is_too_narrow() -> None:
+    """One column of the screen is no error."""
+    for width in range(1, 40):
+        assert all(len(line) <= max(width, 8) for line in lines(width))
+
+
 def test_an_empty_column_takes_no_room() -> None:
     """Not even its title, if it may go at all; and nothing stands at the end of a line."""
     assert lines(80, ("a", "b", "", ""), ("ccc", "", "", "")) == ["name  what", "a     b", "ccc"]
