@@ -1,4 +1,4 @@
-"""A decoded manifest as matching and building need it."""
+"""A decoded manifest as matching and building need it on one rank."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from aiockpt.format.dtypes import nbytes_of
 from aiockpt.format.image import Header
 from aiockpt.format.manifest import Manifest
 from aiockpt.format.names import Segments, dotted
+from aiockpt.format.placings import ShardingRecord
+from aiockpt.format.ranks import plan_for
 from aiockpt.format.tree import Node, children, is_blob, key_text, value_number, walk
 from aiockpt.format.values import FACTORIES, MAX_DEPTH
+from aiockpt.planning.placings import sharding_of
+from aiockpt.planning.sharding import Sharding
 from aiockpt.state.dtypes import COMPLEX128, PACKED_F4, live_form
 from aiockpt.state.values import blob_value, decode_all, decode_key
 
-__all__ = ["CheckpointView", "Child"]
+__all__ = ["CheckpointView", "Child", "folder_of"]
 
 _MAX_NUMEL = 1 << 56
 _MAX_LEVELS = 2 * MAX_DEPTH + 8
@@ -37,31 +41,50 @@ class Child(NamedTuple):
     node: Node
 
 
+def folder_of(path: str) -> str:
+    """Return the folder of a file of a checkpoint."""
+    return path.rpartition("/")[0]
+
+
 class CheckpointView:
     """Answers what stands where in a checkpoint; decodes each value once, when it is asked for.
 
     Args:
         manifest: Decoded, with columns and numbers that fit each other.
         file: Path of the manifest, for errors.
+        rank: Whose own values and tensors stand where each rank has its own.
 
     Raises:
         CheckpointCorruptError: An entry has a form that no tensor has, or is larger than its file.
     """
 
-    def __init__(self, manifest: Manifest, file: str) -> None:
+    def __init__(self, manifest: Manifest, file: str, *, rank: int = 0) -> None:
         self.manifest = manifest
         self.file = file
-        plan = manifest.plan
+        self.rank = rank
+        for tree in (manifest.plan.tree, *(plan.tree for plan in manifest.own_plans)):
+            self._refuse_deep(tree)
+        own = plan_for(manifest, rank)
+        self.plan = plan = own.plan
+        """As this rank sees it; numbers of entries and values are those of this plan."""
+        self.absent = own.missing
+        """Places that are each rank's own, and have nothing for this one."""
+        self._encoded = own.values
         self._forms = [self._form(code, tuple(shape), mark) for code, shape, mark in plan.classes]
         try:
             sizes = [nbytes_of(code, shape) for code, shape, _ in plan.classes]
         except ValueError as exc:
             raise self.corrupt(str(exc)) from exc
+        self._sharded = self._read_shardings()
+        rooms = [record.nbytes - record.data_start if record.data_start else -1 for record in manifest.files]
+        folder_rooms = self._folder_rooms() if self._sharded else {}
         for entry, (kind, number) in enumerate(zip(plan.entry_classes, plan.entry_files, strict=True)):
-            record = manifest.files[number]
-            if not record.data_start or sizes[kind] > record.nbytes - record.data_start:
-                raise self.corrupt(f"{plan.names[entry]!r} of {sizes[kind]} bytes is not in {record.path}")
-        self._refuse_deep(plan.tree)
+            path = manifest.files[number].path
+            room = rooms[number]
+            if room >= 0 and entry in self._sharded:
+                room = folder_rooms[folder_of(path)]
+            if sizes[kind] > room:
+                raise self.corrupt(f"{plan.names[entry]!r} of {sizes[kind]} bytes is not in {path}")
         self._shapes: dict[str, int] | None = None
         self._needed: set[int] = set()
         self._values: dict[int, Any] = {}
@@ -76,11 +99,49 @@ class CheckpointView:
 
     def form(self, entry: int) -> tuple[torch.dtype, tuple[int, ...]]:
         """Return (dtype, shape) of the tensor."""
-        return self._forms[self.manifest.plan.entry_classes[entry]]
+        return self._forms[self.plan.entry_classes[entry]]
+
+    def stored_form(self, entry: int) -> tuple[str, tuple[int, ...], str]:
+        """Return (dtype, shape of the whole tensor, mark) as files have them."""
+        code, shape, mark = self.plan.classes[self.plan.entry_classes[entry]]
+        return code, tuple(shape), mark
 
     def file_of(self, entry: int) -> int:
-        """Return the index of the file that holds the entry."""
-        return self.manifest.plan.entry_files[entry]
+        """Return the index of the file that holds the entry, or its first part."""
+        return self.plan.entry_files[entry]
+
+    def sharding_of(self, entry: int) -> Sharding | None:
+        """Return how the entry is cut over files; None where it stands in one."""
+        return self._sharded.get(entry)
+
+    def _read_shardings(self) -> dict[int, Sharding]:
+        plan = self.plan
+        cut = {
+            number: sharding_of(record)
+            for number, record in enumerate(plan.placings)
+            if isinstance(record, ShardingRecord) and record.cuts
+        }
+        if not cut:
+            return {}
+        found = {}
+        for entry, (placing, kind) in enumerate(zip(plan.entry_placings, plan.entry_classes, strict=True)):
+            sharding = cut.get(placing)
+            if sharding is None:
+                continue
+            code, shape, mark = plan.classes[kind]
+            last = len(shape) - 1
+            if (code == PACKED_F4 or mark == COMPLEX128) and any(part.dim == last for part in sharding.cuts):
+                raise self.corrupt(f"{plan.names[entry]!r} is cut inside of its elements")
+            if math.prod(shape):
+                found[entry] = sharding
+        return found
+
+    def _folder_rooms(self) -> dict[str, int]:
+        rooms: dict[str, int] = defaultdict(int)
+        for record in self.manifest.files:
+            if record.data_start:
+                rooms[folder_of(record.path)] += record.nbytes - record.data_start
+        return rooms
 
     def span(self, entry: int, header: Header) -> tuple[int, int]:
         """Return the bytes of the entry in its file, half-open.
@@ -88,11 +149,10 @@ class CheckpointView:
         Raises:
             CheckpointCorruptError: The file's header says something else than the manifest.
         """
-        plan = self.manifest.plan
-        code, shape, _ = plan.classes[plan.entry_classes[entry]]
-        name = plan.names[entry]
+        code, shape, _ = self.stored_form(entry)
+        name = self.plan.names[entry]
         stored = header.tensors.get(name)
-        if stored is None or stored.dtype != code or stored.shape != tuple(shape):
+        if stored is None or stored.dtype != code or stored.shape != shape:
             found = "is not there" if stored is None else f"is {stored.dtype} {list(stored.shape)} there"
             path = self.manifest.files[self.file_of(entry)].path
             raise self.corrupt(f"{name!r} should be {code} {list(shape)} in {path}, and {found}")
@@ -135,7 +195,7 @@ class CheckpointView:
     def shape_of(self, name: str) -> tuple[int, ...] | None:
         """Return the shape of the tensor with this dotted name; None where there is none."""
         if self._shapes is None:
-            leaves = walk(self.manifest.plan.tree)
+            leaves = walk(self.plan.tree)
             self._shapes = {dotted(path): leaf for path, leaf in leaves if isinstance(leaf, int) and leaf >= 0}
         entry = self._shapes.get(name)
         return None if entry is None else self.form(entry)[1]
@@ -169,7 +229,7 @@ class CheckpointView:
     def value(self, number: int) -> Any:
         """Return a value, decoded at the first call."""
         if number not in self._values:
-            (self._values[number],) = decode_all([self.manifest.values[number]], self.file)
+            (self._values[number],) = decode_all([self._encoded[number]], self.file)
         return self._values[number]
 
     def metadata(self) -> Any:

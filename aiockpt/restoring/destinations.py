@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 from typing import Protocol
 
 import torch
 
+from aiockpt.restoring.boxes import Transfer
 from aiockpt.state.checks import PLAIN_TYPES
 from aiockpt.state.pinned import pin, unpin
 
@@ -19,6 +21,8 @@ _SMALL_NBYTES = 64 << 10
 _copy_small = ctypes.PyDLL(None).memmove
 _copy_small.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _copy_small.restype = ctypes.c_void_p
+_WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes: what many runs are copied as."""
 
 
 class Bounce:
@@ -34,16 +38,20 @@ class Bounce:
         self.address = address
         # Where CUDA refuses, copies are slower, and as right.
         self._pinned_by = device if device is not None and pin(address, nbytes, device) is None else None
-        self._bytes = torch.frombuffer((ctypes.c_ubyte * nbytes).from_address(address), dtype=torch.uint8)
+        self.bytes = torch.frombuffer((ctypes.c_ubyte * nbytes).from_address(address), dtype=torch.uint8)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def copy_to_cuda(self, target: torch.Tensor, start: int) -> None:
-        """Enqueue the copy of ``target.numel()`` bytes from ``start`` on a stream of this thread's own."""
+    def copy_to_cuda(self, target: torch.Tensor, part: Transfer) -> None:
+        """Enqueue the copy of a transfer into ``target``, which is all bytes, on a stream of this thread's own."""
         stream = self._streams.get(target.device)
         if stream is None:
             stream = self._streams[target.device] = torch.cuda.Stream(target.device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
-            target.copy_(self._bytes[start : start + target.numel()], non_blocking=True)
+            if part.counts:
+                _copy_runs(target, self.bytes, part)
+            else:
+                target = target[part.target : part.target + part.nbytes]
+                target.copy_(self.bytes[part.source : part.source + part.nbytes], non_blocking=True)
 
     def wait(self) -> None:
         """Return when no copy reads the buffer any more."""
@@ -61,8 +69,8 @@ class Bounce:
 class Destination(Protocol):
     """Takes a tensor's bytes, in row-major order, in pieces that may come from several threads."""
 
-    def write(self, offset: int, bounce: Bounce, start: int, nbytes: int) -> None:
-        """Take bytes ``[offset, offset + nbytes)`` of the tensor, which stand in ``bounce`` from ``start`` on."""
+    def write(self, part: Transfer, bounce: Bounce) -> None:
+        """Take bytes of the tensor from ``bounce``; no byte is taken twice."""
         ...
 
 
@@ -100,8 +108,12 @@ class _Memory:
         self._tensor = tensor  # keeps the memory
         self._address = tensor.data_ptr()
 
-    def write(self, offset: int, bounce: Bounce, start: int, nbytes: int) -> None:
-        _copy(self._address + offset, bounce.address + start, nbytes)
+    def write(self, part: Transfer, bounce: Bounce) -> None:
+        if part.counts:
+            with _writing(self._tensor):
+                _copy_runs(_as_bytes(self._tensor), bounce.bytes, part)
+        else:
+            _copy(self._address + part.target, bounce.address + part.source, part.nbytes)
 
 
 class _Cuda:
@@ -112,9 +124,9 @@ class _Cuda:
     def __init__(self, tensor: torch.Tensor) -> None:
         self._bytes = _as_bytes(tensor)
 
-    def write(self, offset: int, bounce: Bounce, start: int, nbytes: int) -> None:
+    def write(self, part: Transfer, bounce: Bounce) -> None:
         with _writing(self._bytes):
-            bounce.copy_to_cuda(self._bytes[offset : offset + nbytes], start)
+            bounce.copy_to_cuda(self._bytes, part)
 
 
 class _Gathered:
@@ -128,14 +140,18 @@ class _Gathered:
         self._staged: torch.Tensor | None = None
         self._lock = threading.Lock()
 
-    def write(self, offset: int, bounce: Bounce, start: int, nbytes: int) -> None:
+    def write(self, part: Transfer, bounce: Bounce) -> None:
         with self._lock:
             if self._staged is None:  # not before: thousands of these need not be in memory at once
                 self._staged = torch.empty(self._tensor.shape, dtype=self._tensor.dtype, device="cpu")
             staged = self._staged
-        _copy(staged.data_ptr() + offset, bounce.address + start, nbytes)
+        if part.counts:
+            with _writing(staged):
+                _copy_runs(_as_bytes(staged), bounce.bytes, part)
+        else:
+            _copy(staged.data_ptr() + part.target, bounce.address + part.source, part.nbytes)
         with self._lock:
-            self._missing -= nbytes
+            self._missing -= part.total
             if self._missing:
                 return
             self._staged = None
@@ -151,6 +167,22 @@ class _Gathered:
 
 def _copy(to: int, start: int, nbytes: int) -> None:
     (_copy_small if nbytes < _SMALL_NBYTES else ctypes.memmove)(to, start, nbytes)
+
+
+def _copy_runs(target: torch.Tensor, source: torch.Tensor, part: Transfer) -> None:
+    """Copy many runs at once, in elements as wide as all distances allow; both tensors are bytes."""
+    numbers = (part.source, part.target, part.nbytes, *part.source_strides, *part.target_strides)
+    width = math.gcd(*numbers, 8, target.data_ptr(), source.data_ptr(), target.storage_offset())
+    shape = (*part.counts, part.nbytes // width)
+    views = []
+    for flat, start, strides in (
+        (target, part.target, part.target_strides),
+        (source, part.source, part.source_strides),
+    ):
+        usable = flat[: flat.numel() // width * width].view(_WIDE[width])
+        steps = (*(stride // width for stride in strides), 1)
+        views.append(usable.as_strided(shape, steps, usable.storage_offset() + start // width))
+    views[0].copy_(views[1], non_blocking=True)
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

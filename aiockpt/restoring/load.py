@@ -88,7 +88,7 @@ def selected(view: CheckpointView, selection: Selection) -> Node:
     Raises:
         ConfigError: An include pattern fits no name.
     """
-    tree = view.manifest.plan.tree
+    tree = view.plan.tree
     if selection.everything:
         return tree
     selection.refuse_idle(view.names_below(tree, ()))

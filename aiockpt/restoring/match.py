@@ -42,7 +42,7 @@ def match(targets: Targets, view: CheckpointView, *, strict: bool) -> Plan:
         CheckpointCorruptError: The manifest contradicts itself.
     """
     plan = Plan(view)
-    _Matcher(plan, targets.selection, strict=strict).branch(targets.root, view.manifest.plan.tree)
+    _Matcher(plan, targets.selection, strict=strict).branch(targets.root, view.plan.tree)
     _refuse_idle_patterns(targets, view)
     if plan.mismatched and not strict:
         names = [name for name, _ in plan.mismatched]
@@ -148,7 +148,7 @@ def _refuse_idle_patterns(targets: Targets, view: CheckpointView) -> None:
     if targets.selection.everything:
         return
     live = [name for name, _ in live_names(targets.root)]
-    idle = targets.selection.idle_includes([*live, *view.names_below(view.manifest.plan.tree, ())])
+    idle = targets.selection.idle_includes([*live, *view.names_below(view.plan.tree, ())])
     if idle:
         raise ConfigError(
             f"include was refused: nothing is named {', '.join(map(repr, idle))}",

@@ -99,9 +99,7 @@ class _ModuleMatcher:
         A tied weight stands under one of its names in the files of others: all of its names get what that one gets.
         """
         self._plan.missing += [
-            name
-            for name, item in self._absent
-            if not (isinstance(item, torch.Tensor) and self._plan.overwrites(item))
+            name for name, item in self._absent if not (isinstance(item, torch.Tensor) and self._plan.overwrites(item))
         ]
 
     def _is_fresh(self, name: str, item: Any) -> bool:

@@ -11,9 +11,11 @@ from typing import NamedTuple
 import torch
 
 from aiockpt.errors import RestoreError
-from aiockpt.format.image import Header
+from aiockpt.restoring.boxes import Transfer, cut
 from aiockpt.restoring.checkpoint_view import CheckpointView
 from aiockpt.restoring.destinations import Bounce, Destination, destination_for
+from aiockpt.restoring.regions import region_of
+from aiockpt.restoring.sources import Sources
 from aiockpt.storage.readers import AlignedBuffer, OpenCheckpoint
 
 __all__ = ["READ_THREADS", "Reading", "never"]
@@ -27,15 +29,22 @@ def never() -> bool:
     return False
 
 
+class _Wanted(NamedTuple):
+    """Bytes of a file that go to one tensor."""
+
+    start: int
+    """In the file: where the block of the tensor that stands there begins."""
+    part: Transfer
+    destination: Destination
+    is_live: bool
+
+
 class _Piece(NamedTuple):
     """Bytes of one block that go to one tensor."""
 
     destination: Destination
-    offset: int
-    """In the tensor."""
-    start: int
-    """In the block."""
-    nbytes: int
+    part: Transfer
+    """From the block into the tensor."""
 
 
 class _Block(NamedTuple):
@@ -72,20 +81,20 @@ class Reading:
         """Whether a byte of live memory may have been overwritten."""
         self.nbytes = 0
         """Bytes of the blocks that are to be read."""
-        wanted: dict[int, list[tuple[int, int, torch.Tensor, bool]]] = {}
-        headers: dict[int, Header] = {}
+        self._device: torch.device | None = None
+        wanted: dict[int, list[_Wanted]] = {}
+        sources = Sources(checkpoint, view)
         for is_live, reads in ((True, live), (False, fresh)):
             for entry, tensor in reads:
-                if tensor.numel():
-                    file = view.file_of(entry)
-                    header = headers.get(file)
-                    if header is None:
-                        header = headers[file] = checkpoint.header(file)
-                        wanted[file] = []
-                    wanted[file].append((*view.span(entry, header), tensor, is_live))
+                region = region_of(tensor)
+                if not region.memory.numel():
+                    continue
+                if self._device is None and region.memory.is_cuda:
+                    self._device = region.memory.device
+                destination = destination_for(region.memory)
+                for file, start, part in sources.reads(entry, region):
+                    wanted.setdefault(file, []).append(_Wanted(start, part, destination, is_live))
         self._blocks = [block for file in sorted(wanted) for block in self._cut(file, wanted[file])]
-        tensors = (tensor for reads in wanted.values() for _, _, tensor, _ in reads)
-        self._device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
 
     def run(self, *, threads: int = READ_THREADS, should_stop: Callable[[], bool] = never) -> None:
         """Read, verify and copy everything.
@@ -127,22 +136,24 @@ class Reading:
         reader.read_block(block.number, buffer)
         return buffer
 
-    def _cut(self, file: int, reads: list[tuple[int, int, torch.Tensor, bool]]) -> list[_Block]:
+    def _cut(self, file: int, reads: list[_Wanted]) -> list[_Block]:
         header = self._checkpoint.header(file)
         size = header.block_nbytes
         pieces: dict[int, list[_Piece]] = {}
         live: set[int] = set()
-        for start, stop, tensor, is_live in sorted(reads, key=lambda read: read[:2]):
-            destination = destination_for(tensor)
-            first = (start - header.data_start) // size
-            last = (stop - 1 - header.data_start) // size
+        for start, part, destination, is_live in sorted(reads, key=lambda read: read.start + read.part.source):
+            first = (start + part.source - header.data_start) // size
+            last = (start + part.stop - 1 - header.data_start) // size
             for index in range(first, last + 1):
-                block_start = header.data_start + index * size
-                begin, end = max(start, block_start), min(stop, block_start + size)
-                piece = _Piece(destination, begin - start, begin - block_start, end - begin)
-                pieces.setdefault(index, []).append(piece)
-            if is_live:
-                live.update(range(first, last + 1))
+                block_start = header.data_start + index * size - start
+                found = [
+                    _Piece(destination, piece._replace(source=piece.source - block_start))
+                    for piece in cut(part, block_start, block_start + size)
+                ]
+                if found:
+                    pieces.setdefault(index, []).extend(found)
+                    if is_live:
+                        live.add(index)
         data_nbytes = self._checkpoint.manifest.files[file].nbytes - header.data_start
         self.nbytes += sum(min(size, data_nbytes - index * size) for index in pieces)
         return [_Block(file, index, pieces[index], index in live) for index in sorted(pieces)]
@@ -175,8 +186,8 @@ class _Crew:
                     if bounce is None or buffer is not old:
                         bounce = _renewed(bounce, buffer, device)
                     self.live_changed = self.live_changed or block.is_live
-                    for destination, offset, start, count in block.pieces:
-                        destination.write(offset, bounce, start, count)
+                    for destination, part in block.pieces:
+                        destination.write(part, bounce)
                 except BaseException as exc:  # noqa: BLE001  # raised by run(), in the thread that waits
                     with self._lock:
                         self.failures[block.file, block.number] = exc
