@@ -281,6 +281,8 @@ def _check_own(manifest: Manifest) -> None:
         return
     if ranks != len(manifest.rank_values) or ranks != manifest.head.world_size or ranks > MAX_RANKS:
         raise ValueError(f"{ranks} of {manifest.head.world_size} ranks have something for themselves")
+    if len(manifest.plan.entry_placings) != len(manifest.plan.names):
+        raise ValueError("ranks have something for themselves, and nothing says where the rest is")
     tensor_files = Counter(record.rank for record in manifest.files if record.data_start)
     checked = set()
     for rank, number in enumerate(manifest.own_plan_of):

@@ -206,6 +206,9 @@ def test_shard_names() -> None:
     """As transformers names them, from 1."""
     assert shard_name(0, 1) == "model-00001-of-00001.safetensors"
     assert shard_name(41, 123_456) == "model-00042-of-123456.safetensors"
+    assert shard_name(2, 4, part=2) == "model-00003-of-00004.2.safetensors"
+    assert shard_name(2, 4, extra=True) == "model-00003-of-00004.extra.safetensors"
+    assert shard_name(2, 4, part=3, extra=True) == "model-00003-of-00004.extra.3.safetensors"
 
 
 def test_dotted() -> None:

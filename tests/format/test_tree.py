@@ -15,6 +15,7 @@ from aiockpt.format.tree import (
     Node,
     check_tree,
     children,
+    fill_places,
     is_blob,
     key_text,
     renumber,
@@ -166,6 +167,12 @@ NO_TREES: list[Any] = [
     ["ndarray", 0],
     ["ndarray", 0, 1],
     ["ndarray", -1, "<f4"],
+    ["own"],
+    ["own", 0],
+    ["own", "a", "b"],
+    ["per_rank"],
+    ["per_rank", 7],
+    ["per_rank", 0, 0],
     {"a": None},
     {"a": {"b": [7]}},
     7,
@@ -189,6 +196,58 @@ def test_deep_trees() -> None:
         tree = {"k": tree}
     with pytest.raises(RecursionError):
         check_tree(tree, entries=1, values=0)
+
+
+PLACES: Node = {"a": ["per_rank", {"x": 0, "y": -1}], "b": ["list", [1, ["own", "k"]]], "c": ["per_rank", -2], "d": 2}
+
+
+def test_places_of_each_rank() -> None:
+    """What is each rank's own is walked as if it stood there by itself; what stands elsewhere is not."""
+    check_tree(PLACES, entries=3, values=2)
+    assert list(walk(PLACES)) == [(("a", "x"), 0), (("a", "y"), -1), (("b", "0"), 1), (("c",), -2), (("d",), 2)]
+    assert [segment for segment, _ in children(PLACES["a"])] == ["x", "y"]
+    assert list(children(PLACES["c"])) == list(children(["own", "k"])) == []
+    assert renumber(PLACES, lambda n: n + 5, lambda n: n + 7)["a"] == ["per_rank", {"x": 5, "y": -8}]
+    assert renumber(PLACES, lambda n: n + 5)["b"] == ["list", [6, ["own", "k"]]]
+    for node in PLACES.values():
+        if isinstance(node, list):
+            with pytest.raises(ValueError, match="tree"):
+                check_tree(node, entries=3, values=2, is_own=True)
+
+
+def test_metadata_of_modules_has_numbers_of_its_own() -> None:
+    """It is a value that a walk does not meet."""
+    tree = ["module", {"m": ["module", {"v": -1}, -2]}, None]
+    assert renumber(tree, int, lambda n: n + 10) == ["module", {"m": ["module", {"v": -11}, -12]}, None]
+    renamed = renumber(tree, int, lambda n: n, lambda n: n + 20)
+    assert renamed == ["module", {"m": ["module", {"v": -1}, -22]}, None]
+
+
+@settings(max_examples=100, deadline=None)
+@given(TREES)
+def test_places_are_filled_where_there_are_any(tree: Node) -> None:
+    """A tree without places stays as it is."""
+    assert fill_places(tree, lambda path, node: pytest.fail("there is none")) == tree
+
+
+def test_filling_places() -> None:
+    """A place that has nothing goes from its mapping, with the list that it stands in; paths are those of the walk."""
+    tree = {**PLACES, "m": ["module", {"w": ["own", "w"]}, -1], "p": ["OrderedDict", [[1, ["own", "p"]], [2, 0]]]}
+    paths = []
+
+    def place(path: Any, node: Any) -> Any:
+        paths.append(path)
+        return None if node[0] == "own" else node[1]
+
+    filled = fill_places(tree, place)
+    assert filled == {
+        "a": {"x": 0, "y": -1},
+        "c": -2,
+        "d": 2,
+        "m": ["module", {}, -1],
+        "p": ["OrderedDict", [[2, 0]]],
+    }
+    assert paths == [("a",), ("b", "1"), ("c",), ("m", "w"), ("p", "1")]
 
 
 @pytest.mark.parametrize("number", [0, 1, 1 << 40])
@@ -221,4 +280,4 @@ def test_key_text(key: Any, text: str) -> None:
 def test_tags_do_not_meet() -> None:
     """A tag says which kind of node it is."""
     assert not MAPPINGS & BLOBS
-    assert not (MAPPINGS | BLOBS) & {"list", "tuple", "module"}
+    assert not (MAPPINGS | BLOBS) & {"list", "tuple", "module", "own", "per_rank"}
