@@ -44,11 +44,11 @@ def failed_before() -> WireError:
     )
 
 
-def unequal(what: str, rank: int) -> WireError:
+def unequal(what: str, first: int, rank: int) -> WireError:
     """Plain tensors or values are not the same on two ranks."""
     return WireError(
         kind="mismatch",
-        what=f"plain {what} differ between rank 0 and rank {rank}",
+        what=f"plain {what} differ between rank {first} and rank {rank}",
         why="what is no DTensor and not declared as replicated must be equal on all ranks",
         next="wrap what differs by rank in aiockpt.PerRank, or save it under a key of its own",
     )

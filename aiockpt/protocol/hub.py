@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum, auto
 
 import msgspec
 
 from aiockpt.protocol import disagreements
+from aiockpt.protocol.calls import Call, Phase
 from aiockpt.protocol.messages import WireError
 from aiockpt.protocol.orders import CheckPlans, Commit, Drop, Look, MakeAttempt, Output, Tell
 from aiockpt.protocol.star import (
-    Arguments,
     Arrive,
     Body,
     Committing,
@@ -40,36 +38,6 @@ __all__ = ["Hub"]
 
 _REMEMBERED = 1024
 """Outcomes that are kept, for members that come late: one that is further behind is not missed but lost."""
-
-
-class _Phase(Enum):
-    DECIDED = auto()
-    """Not taken: there is nothing to write."""
-    MAKING = auto()
-    OPEN = auto()
-    COMMITTING = auto()
-    ENDED = auto()
-
-
-@dataclass(slots=True)
-class _Call:
-    """One save, on all ranks."""
-
-    n: int
-    arguments: Arguments
-    first_rank: int
-    first_at: float
-    verdict: Verdict
-    save_id: str = ""
-    attempt: int = 0
-    phase: _Phase = _Phase.DECIDED
-    arrived: dict[int, Arrive] = field(default_factory=dict)
-    written: dict[int, Written] = field(default_factory=dict)
-    plans_fit: bool = False
-    is_checking: bool = False
-    is_waiting: set[int] = field(default_factory=set)
-    """Ranks whose worker died before it had written: they come again, or are given up."""
-    ended: Ended | None = None
 
 
 class Hub:
@@ -99,8 +67,9 @@ class Hub:
         self._new_id = new_id
         self._arrival_timeout = arrival_timeout
         self._return_timeout = return_timeout
-        self._calls: dict[int, _Call] = {}
-        self._bodies: set[str] = set()
+        self._calls: dict[int, Call] = {}
+        self._bodies: dict[str, bytes] = {}
+        """By digest: the plans of open saves and of the last one that ended."""
         self._wanted: dict[str, int] = {}
         """By digest: the rank that was asked for the plan."""
         self._joined: set[int] = set()
@@ -150,7 +119,7 @@ class Hub:
         self._gone[rank] = why
         for call in self._open():
             # The plan of a rank that has written everything may still be missing.
-            if rank not in call.written or call.arrived[rank].digest not in self._bodies:
+            if rank not in call.written or not call.has_plan_of(rank, self._bodies):
                 self._fail(call, disagreements.gone(rank, why), rank=rank, phase=_phase_of(call, rank))
 
     # ---- what members say
@@ -174,7 +143,7 @@ class Hub:
                     del self._in_use[rank]
             case Body():
                 if self._wanted.pop(message.digest, None) is not None:
-                    self._bodies.add(message.digest)
+                    self._bodies[message.digest] = message.body
                     for call in self._open():
                         self._check_plans(call)
             case Leave():
@@ -182,7 +151,7 @@ class Hub:
         return self._take()
 
     def _decide_early(self, now: float) -> None:
-        if not self._waiting_for_all or self._joined | self._gone.keys() < set(range(self._world)):
+        if not self._waiting_for_all or self._away:
             return
         self._waiting_for_all = False
         early, self._early = self._early, []
@@ -193,9 +162,10 @@ class Hub:
         call = self._calls.get(arrive.n)
         if call is None:
             call = self._calls[arrive.n] = self._decide(rank, arrive, now)
-        call.arrived[rank] = arrive
         if call.verdict == "take" and arrive.refused is None:
             self._in_use[rank] = call.n
+        if call.is_open:
+            call.arrive(rank, arrive)
         if call.verdict != "take":
             self._tell_verdict(call, (rank,))
         elif call.ended is not None:
@@ -208,83 +178,91 @@ class Hub:
         else:
             self._open_for(call, rank)
 
-    def _decide(self, rank: int, arrive: Arrive, now: float) -> _Call:
+    def _decide(self, rank: int, arrive: Arrive, now: float) -> Call:
         self._forget_old(arrive.n)
         arguments = arrive.arguments
         verdict: Verdict = "take"
         if arguments.when_busy != "wait" and self._in_use:
             verdict = "skip" if arguments.when_busy == "skip" else "busy"
-        call = _Call(arrive.n, arguments, rank, now, verdict)
+        call = Call(arrive.n, arguments, rank, now, verdict)
         known, end = self._known.pop(arrive.n, None), self._ends.get(arrive.n)
         if end == "skip" or end == "busy":
             call.verdict = end
         elif end == "failed" or (known is None and arrive.n < min(self._ends, default=0)):
             call.ended = Ended(n=call.n, error=disagreements.failed_before())
         elif known is not None:  # taken by an earlier hub
-            call.verdict, call.phase = "take", _Phase.MAKING
+            call.verdict, call.phase = "take", Phase.MAKING
             call.save_id, call.attempt = known.save_id, known.attempt + 1
             self._out.append(Look(call.n, arguments.step, call.save_id))
         elif self._gone:
             gone = min(self._gone)
             call.ended = Ended(n=call.n, error=disagreements.gone(gone, self._gone[gone]))
         elif verdict == "take" and arrive.refused is None:
-            call.phase, call.save_id = _Phase.MAKING, self._new_id()
+            call.phase, call.save_id = Phase.MAKING, self._new_id()
             self._out.append(MakeAttempt(call.n, arguments.step, call.save_id, 0))
         return call
 
-    def _open_for(self, call: _Call, rank: int) -> None:
-        if call.phase is _Phase.COMMITTING:
+    def _open_for(self, call: Call, rank: int) -> None:
+        if call.phase is Phase.COMMITTING:
             self._out.append(Tell((rank,), Committing(n=call.n)))
         elif rank in call.is_waiting:
             call.is_waiting.discard(rank)
             if not call.is_waiting:
                 self._retry(call)
-        elif call.phase is _Phase.OPEN and rank not in call.written:  # else its files are durable already
+        elif call.phase is Phase.OPEN and rank not in call.written:  # else its files are durable already
             self._tell_verdict(call, (rank,))
         self._check_plans(call)
 
-    def _retry(self, call: _Call) -> None:
+    def _retry(self, call: Call) -> None:
         """All ranks write again from their snapshots: the dead worker's files may still change."""
         call.attempt += 1
         call.written.clear()
-        call.phase = _Phase.MAKING
+        call.phase = Phase.MAKING
         self._out.append(MakeAttempt(call.n, call.arguments.step, call.save_id, call.attempt))
 
     def _written(self, rank: int, message: Written) -> None:
         call = self._calls.get(message.n)
-        if call is None or call.phase is not _Phase.OPEN or message.attempt != call.attempt:
+        if call is None or call.phase is not Phase.OPEN or message.attempt != call.attempt:
             return
         call.written[rank] = message
         if len(call.written) < self._world:
             return
-        first = call.written[0]
-        for other, written in sorted(call.written.items()):
-            if written.values_sum != first.values_sum:
-                self._fail(call, disagreements.unequal("values", other), rank=other, phase="write")
-                return
-            if written.tensors_sum != first.tensors_sum:
-                self._fail(call, disagreements.unequal("tensors", other), rank=other, phase="write")
-                return
+        if (found := call.unequal()) is not None:
+            what, first, other = found
+            self._fail(call, disagreements.unequal(what, first, other), rank=other, phase="write")
+            return
         self._commit_if_ready(call)
 
-    def _check_plans(self, call: _Call) -> None:
+    def _check_plans(self, call: Call) -> None:
         if call.is_checking or call.ended is not None:
             return
-        for rank, arrive in call.arrived.items():
-            digest = arrive.digest
-            if digest not in self._bodies and digest not in self._wanted and rank in self._joined:
-                self._wanted[digest] = rank
-                self._out.append(Tell((rank,), WantBody(digest=digest)))
-        if len(call.arrived) == self._world and all(arrive.digest in self._bodies for arrive in call.arrived.values()):
+        for digest, ranks in call.ranks_of.items():
+            if digest not in self._bodies and digest not in self._wanted:
+                asked = next((rank for rank in ranks if rank in self._joined), None)
+                if asked is not None:
+                    self._wanted[digest] = asked
+                    self._out.append(Tell((asked,), WantBody(digest=digest)))
+        if len(call.arrived) == self._world and call.ranks_of.keys() <= self._bodies.keys():
             call.is_checking = True
-            self._out.append(CheckPlans(call.n, _ranks_of(call)))
+            self._out.append(CheckPlans(call.n, call.sorted_ranks(), self._bodies_of(call)))
 
-    def _commit_if_ready(self, call: _Call) -> None:
-        if call.plans_fit and call.phase is _Phase.OPEN and len(call.written) == self._world:
-            call.phase = _Phase.COMMITTING
+    def _bodies_of(self, call: Call) -> dict[str, bytes]:
+        return {digest: self._bodies[digest] for digest in call.ranks_of}
+
+    def _commit_if_ready(self, call: Call) -> None:
+        if call.plans_fit and call.phase is Phase.OPEN and len(call.written) == self._world:
+            call.phase = Phase.COMMITTING
             self._out.append(Tell(tuple(sorted(call.arrived)), Committing(n=call.n)))
             self._out.append(
-                Commit(call.n, call.arguments, call.save_id, call.attempt, _ranks_of(call), dict(call.written))
+                Commit(
+                    call.n,
+                    call.arguments,
+                    call.save_id,
+                    call.attempt,
+                    call.sorted_ranks(),
+                    self._bodies_of(call),
+                    call.written,
+                )
             )
 
     # ---- answers to what was to be done
@@ -307,7 +285,7 @@ class Hub:
         elif error is not None:
             self._fail(call, error, rank=None, phase="write")
         else:
-            call.phase = _Phase.OPEN
+            call.phase = Phase.OPEN
             self._tell_verdict(call, tuple(sorted(call.arrived)))
         return self._take()
 
@@ -340,7 +318,7 @@ class Hub:
                     self._leave(rank, f"no worker of it was there for {self._return_timeout:g} s")
             self._decide_early(now)
         for call in self._open():
-            if call.phase is _Phase.COMMITTING:
+            if call.phase is Phase.COMMITTING:
                 continue
             elapsed = now - call.first_at
             timeout = call.arguments.timeout
@@ -362,7 +340,7 @@ class Hub:
         if self._return_timeout is not None:
             found += [since + self._return_timeout for since in self._away.values()]
         for call in self._open():
-            if call.phase is _Phase.COMMITTING:
+            if call.phase is Phase.COMMITTING:
                 continue
             if call.arguments.timeout is not None:
                 found.append(call.first_at + call.arguments.timeout)
@@ -372,24 +350,25 @@ class Hub:
 
     # ---- inside
 
-    def _open(self) -> list[_Call]:
-        return [call for call in self._calls.values() if call.verdict == "take" and call.ended is None]
+    def _open(self) -> list[Call]:
+        return [call for call in self._calls.values() if call.is_open]
 
-    def _fail(self, call: _Call, error: WireError, *, rank: int | None, phase: str) -> None:
+    def _fail(self, call: Call, error: WireError, *, rank: int | None, phase: str) -> None:
         """End a save without a checkpoint; nothing can publish it before COMMITTING, so all are told at once."""
-        if call.verdict != "take" or call.ended is not None or call.phase is _Phase.COMMITTING:
+        if call.verdict != "take" or call.ended is not None or call.phase is Phase.COMMITTING:
             return
-        if call.phase is _Phase.OPEN:
+        if call.phase is Phase.OPEN:
             self._out.append(Drop(call.n, call.arguments.step, call.save_id, call.attempt))
         # where it is still being made, ``made`` drops it
         self._end(call, Ended(n=call.n, error=msgspec.structs.replace(error, rank=rank, phase=phase)))
 
-    def _end(self, call: _Call, outcome: Ended) -> None:
-        call.ended = outcome
-        call.phase = _Phase.ENDED
+    def _end(self, call: Call, outcome: Ended) -> None:
         self._out.append(Tell(tuple(sorted(call.arrived)), outcome))
+        kept = call.ranks_of.keys() | {digest for other in self._open() for digest in other.ranks_of}
+        self._bodies = {digest: body for digest, body in self._bodies.items() if digest in kept}
+        call.end(outcome)
 
-    def _tell_verdict(self, call: _Call, ranks: tuple[int, ...]) -> None:
+    def _tell_verdict(self, call: Call, ranks: tuple[int, ...]) -> None:
         if call.ended is not None:
             self._out.append(Tell(ranks, call.ended))
         elif call.verdict == "take":
@@ -412,12 +391,5 @@ class Hub:
         ]
 
 
-def _ranks_of(call: _Call) -> dict[str, tuple[int, ...]]:
-    found: dict[str, list[int]] = {}
-    for rank, arrive in sorted(call.arrived.items()):
-        found.setdefault(arrive.digest, []).append(rank)
-    return {digest: tuple(ranks) for digest, ranks in found.items()}
-
-
-def _phase_of(call: _Call, rank: int) -> str:
+def _phase_of(call: Call, rank: int) -> str:
     return "write" if rank in call.arrived else "save"

@@ -43,6 +43,7 @@ class CheckPlans:
     n: int
     ranks_of: dict[str, tuple[int, ...]]
     """By digest."""
+    bodies: dict[str, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class Commit:
     save_id: str
     attempt: int
     ranks_of: dict[str, tuple[int, ...]]
+    bodies: dict[str, bytes]
     written: dict[int, Written]
 
 

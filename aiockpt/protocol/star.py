@@ -29,6 +29,7 @@ __all__ = [
     "MemberBeat",
     "Open",
     "OpenCall",
+    "Refused",
     "StarMessage",
     "Verdict",
     "WantBody",
@@ -64,7 +65,10 @@ class EndedCall(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Join(_StarMessage, tag="join", frozen=True, kw_only=True, gc=False):
-    """First message on a connection, behind the proof that the member knows the token."""
+    """First message on a connection, behind the proof that the member knows the token.
+
+    The member waits for ``Welcome`` before it says more: until then the hub takes frames of 4 KiB at most.
+    """
 
     rank: Count
     world: Count
@@ -148,7 +152,13 @@ class Welcome(_StarMessage, tag="welcome", frozen=True, kw_only=True, gc=False):
     """The member is in."""
 
     epoch: Count
-    """Grows with each worker of any rank that joins anew."""
+    """How many joins this hub has seen."""
+
+
+class Refused(_StarMessage, tag="refused", frozen=True, kw_only=True, gc=False):
+    """The member is not in, or no longer, and must not come again: it does not fit, or its next worker is there."""
+
+    error: WireError
 
 
 class Open(_StarMessage, tag="open", frozen=True, kw_only=True, gc=False):
@@ -192,6 +202,7 @@ StarMessage = (
     | MemberBeat
     | Leave
     | Welcome
+    | Refused
     | Open
     | WantBody
     | Committing
