@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from aiockpt.format.names import bad_name, parse_attempt, parse_old, parse_term, step_name, term_name
+from aiockpt.format.names import bad_name, old_name, parse_attempt, parse_old, parse_term, step_name, term_name
 from aiockpt.storage.commit import to_trash
 from aiockpt.storage.direct import sync_dir
 from aiockpt.storage.failures import storage_error, storage_errors
@@ -198,6 +198,8 @@ class RunClaim:
     def fence(self, attempt: str) -> bool:
         """Move an attempt away, so that no late rename of its worker finds it; False where it is not there.
 
+        A checkpoint that it was to replace comes back where it had put that aside, so that the run never lacks it.
+
         Raises:
             StorageError: It may still be published.
         """
@@ -205,10 +207,30 @@ class RunClaim:
             trash = to_trash(self._run_fd, attempt)
         except OSError as exc:
             raise storage_error("an attempt was not moved away", exc, path=f"{self.run}/{attempt}") from exc
-        if trash is None:
-            return False
-        self.trash.append(trash)
-        return True
+        if trash is not None:
+            self.trash.append(trash)
+        self._put_straight(attempt)
+        return trash is not None
+
+    def _put_straight(self, attempt: str) -> None:
+        parts = parse_attempt(attempt)
+        assert parts is not None, "the caller names an attempt"
+        name, aside = step_name(parts.step), old_name(parts.step, parts.save_id)
+        try:
+            if not self._stands(aside):
+                return
+            if self._stands(name):  # the attempt was published
+                self._to_trash(aside)
+            else:
+                os.rename(aside, name, src_dir_fd=self._run_fd, dst_dir_fd=self._run_fd)
+                sync_dir(self._run_fd)
+        except OSError as exc:
+            _log.warning(
+                "step %d is not there until the run is opened again: %s stands aside: %s", parts.step, aside, exc
+            )
+
+    def _stands(self, name: str) -> bool:
+        return os.access(name, os.F_OK, dir_fd=self._run_fd, follow_symlinks=False)
 
     def mark_bad(self, checkpoint: Committed | Unreadable, why: str) -> str:
         """Rename a checkpoint that was found bad, so that nobody takes it for one; it is kept until it is removed.

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Callable, Iterable
 
 from aiockpt.errors import CommitUnknownError, StepExistsError
-from aiockpt.format.names import MANIFEST_NAME, old_name, step_name, trash_name
+from aiockpt.format.names import MANIFEST_NAME, old_name, parse_old, step_name, trash_name
 from aiockpt.storage.direct import sync_dir, write_small
 from aiockpt.storage.failures import NO_LOCKS, FencedError, storage_errors
 from aiockpt.storage.faults import NO_FAULTS, FaultPoint, Faults
@@ -230,15 +230,27 @@ def retire(run_fd: int, name: str, *, faults: Faults = NO_FAULTS) -> str | None:
             # For writing, because NFS gives an exclusive lock to no other descriptor; nothing is written.
             fd = os.open(f"{name}/{MANIFEST_NAME}", os.O_RDWR | os.O_CLOEXEC, dir_fd=run_fd)
         except FileNotFoundError:
-            gone = to_trash(run_fd, name)
+            gone = _take_out(run_fd, name)
         else:
             try:
-                gone = to_trash(run_fd, name) if _lock_exclusive(fd) else None
+                gone = _take_out(run_fd, name) if _lock_exclusive(fd) else None
             finally:
                 os.close(fd)
         if gone is not None:
             sync_dir(run_fd)
         return gone
+
+
+def _take_out(run_fd: int, name: str) -> str | None:
+    """Rename a step away; first what it had replaced and a death left aside, which is not to come back for it."""
+    with os.scandir(run_fd) as entries:
+        names = [entry.name for entry in entries]
+    if name in names:
+        for other in names:
+            old = parse_old(other)
+            if old is not None and step_name(old.step) == name:
+                to_trash(run_fd, other)
+    return to_trash(run_fd, name)
 
 
 def _lock_exclusive(fd: int) -> bool:

@@ -57,9 +57,10 @@ def make_attempt_files(
     term: int,
     ordinal: int,
     nbytes: int = 5000,
+    own_id: str = "",
     faults: Faults = NO_FAULTS,
 ) -> None:
-    """Write a whole attempt, manifest included."""
+    """Write a whole attempt, manifest included; its content, and without ``own_id`` its save id, is by ``number``."""
     data = content(number, nbytes)
     buffer, file_nbytes, data_start = make_image(data)
     fd = make_attempt(run_fd, name, ["model"], faults=faults)
@@ -87,7 +88,7 @@ def make_attempt_files(
                     step=step,
                     term=term,
                     ordinal=ordinal,
-                    save_id=save_id(number),
+                    save_id=own_id or save_id(number),
                     world_size=1,
                     nbytes=file_nbytes,
                     created="2026-01-01T00:00:00+00:00",

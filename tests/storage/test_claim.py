@@ -15,7 +15,7 @@ from aiockpt.storage import locks as locks_module
 from aiockpt.storage.claim import RunClaim
 from aiockpt.storage.commit import publish
 from aiockpt.storage.failures import FencedError
-from aiockpt.storage.faults import FaultPoint
+from aiockpt.storage.faults import FaultPoint, Faults
 from aiockpt.storage.run_directory import scan
 from aiockpt.testing.faults import ArmedFaults, FaultPlan, FaultRule
 from tests.storage.making import commit, make_attempt_files, opened, save_id, write_head
@@ -229,7 +229,7 @@ def test_a_claim_that_is_killed(tmp_path: Path) -> None:
     """The next one takes the run at once."""
     script = """
         from aiockpt.storage.claim import RunClaim
-        from aiockpt.storage.faults import FaultPoint
+        from aiockpt.storage.faults import FaultPoint, Faults
         from aiockpt.testing.faults import *
         rule = FaultRule(point=FaultPoint.TRAINER_TAKING_RUN, action="kill")
         RunClaim.take(sys.argv[1], linger_timeout=1, faults=ArmedFaults(FaultPlan(rules=[rule])))
@@ -265,6 +265,31 @@ def test_a_fenced_attempt_cannot_be_published(tmp_path: Path) -> None:
     publish(run_fd, new, run=claim.run, step=8, save_id=save_id(1), term=1, overwrite=False)
     assert claim.find(8, save_id(1)) is not None
     os.close(run_fd)
+    claim.release()
+
+
+@pytest.mark.parametrize("point", [FaultPoint.WORKER_OLD_ASIDE, FaultPoint.WORKER_AFTER_RENAME])
+def test_a_fence_puts_a_half_done_replacement_straight(point: FaultPoint, tmp_path: Path) -> None:
+    """The run never lacks the step: the old one is back at once, or gone where the new one is there."""
+
+    class Killed(BaseException):
+        pass
+
+    class Kills(Faults):
+        def at(self, at: FaultPoint, path: str = "") -> None:
+            if at is point:
+                raise Killed
+
+    claim = take(tmp_path)
+    commit(tmp_path, 8, number=1)
+    with pytest.raises(Killed):
+        commit(tmp_path, 8, number=2, overwrite=True, faults=Kills())
+    assert names(tmp_path, ".old") == [f".old.step-8.{save_id(2)}"]
+    is_published = point is FaultPoint.WORKER_AFTER_RENAME
+    assert claim.fence(f".step-8.{save_id(2)}.0") is not is_published
+    assert [known.save_id for known in scan(claim.run).checkpoints] == [save_id(2 if is_published else 1)]
+    assert names(tmp_path, ".old") == names(tmp_path, ".step") == []
+    assert sorted(claim.trash) == names(tmp_path, ".trash")
     claim.release()
 
 

@@ -13,12 +13,13 @@ import pytest
 
 from aiockpt.errors import StorageError
 from aiockpt.storage import commit as commit_module
+from aiockpt.storage.claim import RunClaim
 from aiockpt.storage.commit import remove_tree, retire, to_trash
 from aiockpt.storage.faults import FaultPoint
 from aiockpt.storage.readers import AlignedBuffer, open_checkpoint
 from aiockpt.storage.run_directory import scan
 from aiockpt.testing.faults import ArmedFaults, FaultPlan, FaultRule
-from tests.storage.making import commit, content, opened
+from tests.storage.making import commit, content, opened, save_id
 from tests.storage.processes import child
 
 READER = """
@@ -87,6 +88,19 @@ def test_what_is_open_can_be_read_to_its_end(run_fd: int, tmp_path: Path) -> Non
     with open_checkpoint(str(tmp_path / "step-1")) as checkpoint:
         remove_tree(run_fd, "step-1")
         assert checkpoint.file(0).read_block(0, AlignedBuffer()) == content(1, 5000)
+
+
+def test_what_it_had_replaced_goes_with_it(run_fd: int, tmp_path: Path) -> None:
+    """A death left that aside: when the step is removed, the next claim must not bring the older one back for it."""
+    commit(tmp_path, 11, number=2)
+    for step in (1, 11):
+        (tmp_path / f"step-{step}").rename(tmp_path / f".old.step-{step}.{save_id(9)}")
+    commit(tmp_path, 1, number=3)
+    assert retire(run_fd, "step-2") is None
+    assert retire(run_fd, "step-1") is not None
+    claim = RunClaim.take(str(tmp_path), linger_timeout=1)
+    claim.release()
+    assert [known.step for known in claim.checkpoints] == [11]
 
 
 def test_a_damaged_checkpoint(run_fd: int, tmp_path: Path) -> None:
