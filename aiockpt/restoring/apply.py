@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from aiockpt.errors import StateMismatchError
 from aiockpt.format.names import dotted
 from aiockpt.restoring.plan import Fresh, LoadModule, LoadObject, LoadOptimizer, SetState, SetValue, Step
+from aiockpt.restoring.regions import local_memory
 from aiockpt.state.modules import raw_state_dict
 from aiockpt.state.objects import load_object
 from aiockpt.state.rng import RNG
@@ -57,7 +58,8 @@ def apply_steps(steps: Iterable[Step]) -> tuple[list[str], list[str]]:
 
 def bump_versions(tensors: Iterable[torch.Tensor]) -> None:
     """Tell autograd that tensors were overwritten, so that a graph from before refuses its backward pass."""
-    counted = [tensor for tensor in tensors if not tensor.is_inference()]
+    both = ((tensor, local_memory(tensor)) for tensor in tensors)  # a DTensor and its local one count apart
+    counted = [tensor for pair in both for tensor in dict.fromkeys(pair) if not tensor.is_inference()]
     torch.autograd.graph.increment_version(counted)
 
 

@@ -40,7 +40,7 @@ def load_checkpoint(
         step: The step to load; None takes the newest good one.
         include: Patterns of dotted names, see ``Selection``; a list or tuple is taken as a whole.
         mmap: Map the files privately instead of reading them: only headers are checked, and bytes are read when they
-            are used.
+            are used. Tensors that are cut over the files of several ranks are read.
         on_bad: As in ``restore_run``.
         should_stop: Asked between blocks.
         threads: That read at once.
@@ -54,11 +54,16 @@ def load_checkpoint(
     def use(checkpoint: OpenCheckpoint) -> dict[str, Any]:
         view = CheckpointView(checkpoint.manifest, f"{checkpoint.path}/manifest.json")
         tree = selected(view, selection)
+        plan = Plan(view)
         if mmap:
             maps = FileMaps(checkpoint, view)
-            tensors = {entry: maps.tensor(entry) for entry in {entry for entry, _ in view.entries_below(tree)}}
+            entries = {entry for entry, _ in view.entries_below(tree)}
+            tensors = {
+                entry: maps.tensor(entry) if view.sharding_of(entry) is None else plan.read_fresh(entry)
+                for entry in entries
+            }
+            Reading(checkpoint, view, (), plan.fresh).run(threads=threads, should_stop=should_stop)
             return _as_dict(view, view.build(tree, tensors))
-        plan = Plan(view)
         part = plan.fresh_part(tree)
         view.decode_needed()
         Reading(checkpoint, view, (), plan.fresh).run(threads=threads, should_stop=should_stop)

@@ -13,7 +13,8 @@ from aiockpt.format.tree import Node
 from aiockpt.restoring.plan import LoadModule, Plan
 from aiockpt.restoring.selection import Selection
 from aiockpt.restoring.targets import ModuleTarget
-from aiockpt.state.modules import ModuleItems
+from aiockpt.state.modules import ModuleItems, has_load_hooks
+from aiockpt.state.sharded import is_sharded
 
 __all__ = ["match_module"]
 
@@ -72,7 +73,7 @@ class _ModuleMatcher:
             return
         node = children[name]
         if self._is_fresh(name, item):
-            self._take_fresh(name, node)
+            self._take_fresh(name, node, like=item)
             return
         if not isinstance(node, int) or node < 0:
             self._plan.refuse(path, f"{self._plan.view.what(node)} in the checkpoint, a tensor in the state")
@@ -105,8 +106,12 @@ class _ModuleMatcher:
     def _is_fresh(self, name: str, item: Any) -> bool:
         return self._needs_load and (id(item) not in self._live or self._judged_by_module(name))
 
-    def _take_fresh(self, name: str, node: Node) -> None:
-        self.items[name] = self._plan.fresh_part(node)
+    def _take_fresh(self, name: str, node: Node, *, like: Any = None) -> None:
+        # What loads a DTensor takes nothing else; to all other code plain tensors on the CPU are given.
+        if isinstance(like, torch.Tensor) and is_sharded(like):
+            self.items[name] = self._plan.fresh_part(node, device=like.device, like=like)
+        else:
+            self.items[name] = self._plan.fresh_part(node)
         self.any_taken = True
 
 
@@ -122,7 +127,7 @@ def _judged_by_module(read: ModuleItems) -> Callable[[str], bool]:
 
 def _loads_itself(module: nn.Module) -> bool:
     own_code = not type(module)._load_from_state_dict.__module__.startswith("torch.nn.")
-    return own_code or bool(module._load_state_dict_pre_hooks)
+    return own_code or has_load_hooks(module)
 
 
 def _live_tensors(read: ModuleItems) -> frozenset[int]:

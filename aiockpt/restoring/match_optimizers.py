@@ -210,7 +210,8 @@ class _OptimizerMatcher:
         elif (why := self._other_shape(node, param, live, name)) is not None:
             self._plan.refuse(path, why)
         else:
-            fresh = self._plan.read_fresh(node, device=device, like=param)
+            # "step" of a parameter without dimensions is no DTensor, even if the parameter is one.
+            fresh = self._plan.read_fresh(node, device=device, like=param if key != "step" else None)
             self._step.assigned.append(SetState(path, holder, key, fresh))
 
     def _device(self, name: str, param: torch.Tensor, key: Any, live: Any) -> torch.device:

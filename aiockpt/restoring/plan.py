@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from aiockpt.errors import UnsupportedValueError
 from aiockpt.format.names import Segments, dotted
 from aiockpt.format.tree import Node
 from aiockpt.restoring.checkpoint_view import CheckpointView
 from aiockpt.restoring.destinations import unfit_memory
+from aiockpt.restoring.regions import local_memory, region_of
 from aiockpt.restoring.targets import Slot
 from aiockpt.state.modules import ModuleItems
 
@@ -120,19 +122,19 @@ class Plan:
         dtype, shape = self.view.form(entry)
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             return f"{described(dtype, shape)} in the checkpoint, {described(tensor.dtype, tensor.shape)} in the state"
-        return unfit_memory(tensor)
+        return _unfit(tensor)
 
     def read_in_place(self, path: Segments, entry: int, tensor: torch.Tensor) -> None:
         """Have a live tensor overwritten; it fits. Of two entries for the same memory the later one counts."""
         if tensor.numel():
-            key = _memory_key(tensor)
+            key = _memory_key(tensor)  # a DTensor whose local part is empty here has one too
             self._live.pop(key, None)
             self._live[key] = entry, tensor
             self.live_names[key] = dotted(path)
 
     def overwrites(self, tensor: torch.Tensor) -> bool:
         """Tell whether a live tensor's memory is overwritten in place, under whatever name."""
-        return unfit_memory(tensor) is None and tensor.numel() > 0 and _memory_key(tensor) in self._live
+        return _unfit(tensor) is None and tensor.numel() > 0 and _memory_key(tensor) in self._live
 
     def leaves(self, changed: Mapping[Any, str]) -> list[str]:
         """Return which of the live tensors that another plan overwrote this one would leave as they are.
@@ -151,7 +153,7 @@ class Plan:
         Args:
             entry: Its number.
             device: Where the tensor is made.
-            like: A tensor whose strides it gets, if the shapes agree.
+            like: A tensor whose strides it gets, and whose mesh and placements, if the shapes agree.
         """
         dtype, shape = self.view.form(entry)
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be trained on
@@ -162,12 +164,12 @@ class Plan:
         self._fresh.append((entry, tensor))
         return tensor
 
-    def fresh_part(self, node: Node, *, device: torch.device | str = "cpu") -> Fresh:
-        """Have everything below ``node`` read into new objects."""
+    def fresh_part(self, node: Node, *, device: torch.device | str = "cpu", like: torch.Tensor | None = None) -> Fresh:
+        """Have everything below ``node`` read into new objects; arguments as of ``read_fresh``."""
         tensors: dict[int, torch.Tensor] = {}
         for entry, is_blob in self.view.entries_below(node):
             if entry not in tensors:
-                tensors[entry] = self.read_fresh(entry, device="cpu" if is_blob else device)
+                tensors[entry] = self.read_fresh(entry, device="cpu" if is_blob else device, like=like)
         self.view.need_values(node)
         part = Fresh(node, tensors)
         self._parts.append(part)
@@ -183,7 +185,18 @@ class Plan:
             part.value = self.view.build(part.node, part.tensors)
 
 
+def _unfit(tensor: torch.Tensor) -> str | None:
+    """Return why a live tensor, or what of it is on this rank, cannot be overwritten; None where it can."""
+    try:
+        return unfit_memory(region_of(tensor).memory)
+    except UnsupportedValueError as exc:
+        return f"the live DTensor cannot be written to: {exc.why}"
+
+
 def _memory_key(tensor: torch.Tensor) -> Any:
+    tensor = local_memory(tensor)
+    if not tensor.numel():
+        return "empty", id(tensor)
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device, tensor.is_conj()
 
 

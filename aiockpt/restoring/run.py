@@ -63,6 +63,7 @@ def restore_run(
     step: int | None = None,
     strict: bool = True,
     on_bad: OnBad | None = None,
+    rank: int = 0,
     should_stop: Callable[[], bool] = never,
     threads: int = READ_THREADS,
     faults: Faults = NO_FAULTS,
@@ -79,6 +80,7 @@ def restore_run(
         strict: Whether what does not fit is an error.
         on_bad: Called with a checkpoint that is proven bad, before the next older one is opened; not for an explicit
             step, and not for a directory without a readable head, which is skipped alone.
+        rank: Of this process in its job: what each rank saved of its own is taken from the same one.
         should_stop: Asked between blocks.
         threads: That read at once.
         faults: Fault layer.
@@ -95,7 +97,7 @@ def restore_run(
         StorageError: Something cannot be read; no older step is taken for that.
         RestoreError: ``should_stop`` said so.
     """
-    attempt = _Attempt(targets, strict=strict, should_stop=should_stop, threads=threads, faults=faults)
+    attempt = _Attempt(targets, strict=strict, rank=rank, should_stop=should_stop, threads=threads, faults=faults)
     with attempt.says_mixed():
         found = first_good(path, step, attempt.restore, on_bad=on_bad)
         if found is None:
@@ -199,10 +201,18 @@ class _Attempt:
     """One restore, over as many checkpoints as it takes."""
 
     def __init__(
-        self, targets: Targets, *, strict: bool, should_stop: Callable[[], bool], threads: int, faults: Faults
+        self,
+        targets: Targets,
+        *,
+        strict: bool,
+        rank: int,
+        should_stop: Callable[[], bool],
+        threads: int,
+        faults: Faults,
     ) -> None:
         self._targets = targets
         self._strict = strict
+        self._rank = rank
         self._should_stop = should_stop
         self._threads = threads
         self._faults = faults
@@ -212,7 +222,7 @@ class _Attempt:
     def restore(self, checkpoint: OpenCheckpoint) -> RestoreOutcome:
         """Read one checkpoint into the state."""
         manifest, head = f"{checkpoint.path}/manifest.json", checkpoint.manifest.head
-        view = CheckpointView(checkpoint.manifest, manifest)
+        view = CheckpointView(checkpoint.manifest, manifest, rank=self._rank)
         plan = match(self._targets, view, strict=self._strict)
         self._refuse_mixture(plan, head.step)
         view.decode_needed()

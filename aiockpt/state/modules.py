@@ -18,7 +18,16 @@ from aiockpt.format.names import Segments, dotted
 from aiockpt.state.objects import call_state_dict
 from aiockpt.state.values import is_text
 
-__all__ = ["ModuleItems", "Place", "config_files", "places", "raw_state_dict", "read_module", "unwrap"]
+__all__ = [
+    "ModuleItems",
+    "Place",
+    "config_files",
+    "has_load_hooks",
+    "places",
+    "raw_state_dict",
+    "read_module",
+    "unwrap",
+]
 
 
 class _Wrapper(NamedTuple):
@@ -48,6 +57,7 @@ _WRAPPERS = (
 )
 
 
+_FSDP2 = "torch.distributed.fsdp._fully_shard."
 _DEFAULT_METADATA = {"version": 1}
 """Of a module that has no version of its own; left out of what is saved, as most modules have it."""
 _DEFAULT_LOADS = (
@@ -205,6 +215,15 @@ def raw_state_dict(
     return state
 
 
+def has_load_hooks(module: nn.Module) -> bool:
+    """Tell whether code of others runs before the module loads.
+
+    Those of ``fully_shard`` aside: they give sharded parameters back to the module, as ``state_dict()`` has done.
+    """
+    hooks = (getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values())
+    return any(not getattr(hook, "__module__", "").startswith(_FSDP2) for hook in hooks)
+
+
 def config_files(module: nn.Module) -> dict[str, bytes]:
     """Return ``config.json`` and ``generation_config.json`` of a module that has them, as transformers reads them."""
     kinds = _wrapper_types()
@@ -303,7 +322,7 @@ def _needs_load_state_dict(module: nn.Module, all_places: list[Place], items: Ma
         if (
             type(own)._load_from_state_dict not in _DEFAULT_LOADS
             or _is_overridden(type(own), "set_extra_state")
-            or own._load_state_dict_pre_hooks
+            or has_load_hooks(own)
             or own._load_state_dict_post_hooks
         ):
             return True

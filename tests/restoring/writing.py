@@ -57,11 +57,11 @@ def write_step(
     )
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "manifest.json").write_bytes(manifest)
-    _make_record(run)
+    make_run_record(run)
     return directory
 
 
-def _make_record(run: Path) -> None:
+def make_run_record(run: Path) -> None:
     if not (run / RUN_RECORD_NAME).exists():
         fd = os.open(run, os.O_RDONLY)
         try:
