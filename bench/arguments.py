@@ -10,12 +10,17 @@ from typing import Any
 
 from bench.entrants import OURS, Entry, Key
 
-__all__ = ["add_common", "add_rounds", "as_json", "chosen", "count_argument"]
+__all__ = ["add_common", "add_output", "add_rounds", "as_json", "chosen", "count_argument"]
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Add what every question takes."""
     parser.add_argument("--peers", default="all", help="names separated by commas, all, or none (default all)")
+    add_output(parser)
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Add where things go."""
     parser.add_argument("--dir", type=Path, default=Path("."), help="where to write, on the disk to measure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them here")

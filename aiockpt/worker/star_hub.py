@@ -23,7 +23,7 @@ from aiockpt.protocol.star import Ended, Join, MemberBeat, Refused, StarMessage,
 from aiockpt.worker.star import Party, Ticks
 from aiockpt.worker.star_link import HubEnd, StarLink
 
-__all__ = ["Clerk", "StarHub"]
+__all__ = ["Clerk", "StarHub", "make_room"]
 
 _log = logging.getLogger("aiockpt.worker")
 
@@ -125,7 +125,7 @@ class StarHub:
         Raises:
             OSError: The descriptor is no listening socket.
         """
-        _make_room(self._world + SPARE_FDS)
+        make_room(self._world + SPARE_FDS)
         loop = asyncio.get_running_loop()
         self._is_running = True
         try:
@@ -335,8 +335,8 @@ def _refusal(rank: int, why: str, advice: str) -> Refused:
     return Refused(error=WireError(kind="config", what=what, why=why, next=advice, rank=rank))
 
 
-def _make_room(wanted: int) -> None:
-    """Raise the soft limit of descriptors: 1,024 broke at 1,100 ranks."""
+def make_room(wanted: int) -> None:
+    """Raise the soft limit of descriptors, or say that the hard one is too low: 1,024 broke at 1,100 ranks."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < wanted:
         _log.warning("rank 0 may need %d descriptors, and %d is the limit (ulimit -Hn): raise it", wanted, hard)
