@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from aiockpt.config import Options
 from aiockpt.coordinator.arena_owner import ArenaOwner
 from aiockpt.coordinator.desk import Desk
+from aiockpt.coordinator.garbage import collector_paused
 from aiockpt.coordinator.loop_thread import LoopThread
 from aiockpt.coordinator.retention import to_prune
 from aiockpt.coordinator.save_record import SaveRecord
@@ -150,19 +151,24 @@ class Saving:
         with record.span.unless_it_fails():
             if not self._admit(record, call.when_busy):
                 return self._skip(record)
-            try:
+        with collector_paused():
+            self._snapshot(record, call)
+        record.stamp("blocked")
+        return record
+
+    def _snapshot(self, record: SaveRecord, call: Call) -> None:
+        try:
+            with record.span.unless_it_fails():
                 plan, collected = self._collect(record, call)
                 self._desk.add(record)
-            except BaseException:
-                self._desk.free_slot(record)
-                raise
+        except BaseException:
+            self._desk.free_slot(record)
+            raise
         self._schedule.saved(time.monotonic())
         record.timings |= {f"state_dict:{key}": seconds for key, seconds in collected.slow.items()}
         if call.timeout is not None:
             self._loop.post(self._saves.watch_timeout, record)
         self._stage(record, plan, collected)
-        record.stamp("blocked")
-        return record
 
     def _skip(self, record: SaveRecord) -> SaveRecord:
         record.move(SaveEvent.SKIP)
