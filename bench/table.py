@@ -55,7 +55,11 @@ def render(report: Report, columns: Sequence[Column]) -> str:
     floors = report.floors
     lines = [
         _machine_line(report.machine),
-        "floors: " + ", ".join(f"{name} {floors.median(name):.3g} GB/s" for name in floors.samples),
+        *(
+            ["floors: " + ", ".join(f"{name} {floors.median(name):.3g} GB/s" for name in floors.samples)]
+            if floors.samples
+            else []
+        ),
         "",
         *_lines(report.rows, columns),
     ]

