@@ -22,6 +22,7 @@ from aiockpt.planning.sharding import Cut, Sharding
 from aiockpt.protocol.messages import FileImage
 from aiockpt.state import collect as collecting
 from aiockpt.state.collect import Collected, collect
+from aiockpt.state.dtypes import stored_form
 from aiockpt.state.sharded import is_sharded, read_sharded
 from aiockpt.state.values import encode_metadata, encode_values
 from tests.restoring.writing import filled, make_run_record, write_file
@@ -179,8 +180,11 @@ def collected_on_rank(state: Mapping[Any, Any]) -> Iterator[Collected]:
             return int(original(self, tensor, path))
         local, shape, sharding, _ = read_sharded(tensor, path)
         number = int(original(self, local, path))
+        form = stored_form(tensor.dtype, shape)
+        assert form is not None
+        code, stored, mark = form
         entries = self.result.entries
-        entries[number] = entries[number]._replace(shape=shape, placing=sharding)
+        entries[number] = entries[number]._replace(dtype=code, shape=stored, mark=mark, placing=sharding)
         return number
 
     collecting._Collector._tensor = read  # type: ignore[method-assign]
