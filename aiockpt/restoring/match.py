@@ -174,15 +174,35 @@ def _mismatch(plan: Plan, step: int) -> StateMismatchError:
         *_listed("unexpected, not in the state", plan.unexpected),
         *_listed("do not fit", mismatched),
     ]
+    next = "give the state what was saved; or name parts with include= and exclude="
+    beyond = _beyond_the_saved_ranks(plan)
+    if beyond:
+        saved = plan.view.manifest.head.world_size
+        known = "rank 0 alone" if saved == 1 else f"ranks 0 to {saved - 1}"
+        why.append(f"each rank saved its own {', '.join(beyond)}: there are those of {known}, this is {plan.view.rank}")
+        next = f"leave out what this rank makes anew, with exclude={beyond}"
     return StateMismatchError(
         f"step {step} does not fit the state: {', '.join(counts)}",
         why="; ".join(why),
-        next="give the state what was saved; or name parts with include= and exclude=, or take what fits with"
-        " strict=False. Nothing live was changed",
+        next=f"{next}, or take what fits with strict=False. Nothing live was changed",
         step=step,
         missing=tuple(plan.missing),
         unexpected=tuple(plan.unexpected),
         mismatched=tuple(mismatched),
+    )
+
+
+def _beyond_the_saved_ranks(plan: Plan) -> list[str]:
+    """Return the missing names that are each rank's own, where this rank is none of those that saved."""
+    places = {dotted(path) for path in plan.view.absent}
+    if not places:
+        return []
+    names = [*plan.missing, *(name for name, _ in plan.mismatched)]
+    return sorted(
+        place
+        for place in places
+        # A list that holds such a place is missing as a whole.
+        if any(name == place or name.startswith(f"{place}.") or place.startswith(f"{name}.") for name in names)
     )
 
 
