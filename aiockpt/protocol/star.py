@@ -15,20 +15,28 @@ from aiockpt.format.manifest import FileRecord
 from aiockpt.protocol.messages import Count, Seconds, WireError
 
 __all__ = [
+    "Agreed",
+    "AgreedStep",
+    "Answer",
     "Arguments",
     "Arrive",
+    "AskSave",
     "Body",
     "Committing",
     "Credit",
+    "Dropped",
     "End",
     "Ended",
     "EndedCall",
     "GiveUp",
+    "HowFar",
     "Join",
     "Leave",
     "MemberBeat",
     "Open",
     "OpenCall",
+    "Pace",
+    "Propose",
     "Refused",
     "StarMessage",
     "Verdict",
@@ -145,6 +153,40 @@ class Leave(_StarMessage, tag="leave", frozen=True, kw_only=True, gc=False):
     why: str
 
 
+class AskSave(_StarMessage, tag="ask_save", frozen=True, kw_only=True, gc=False):
+    """This rank wants a save at a step that suits all."""
+
+    reason: str
+
+
+class AgreedStep(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """At the first step from this one on for which a rank asks whether a save is due, one is."""
+
+    step: Count
+    reason: str
+
+
+class Pace(_StarMessage, tag="pace", frozen=True, kw_only=True, gc=False):
+    """The answer to HowFar."""
+
+    round: Count
+    step: int
+    """The last one that this rank has gone past; below zero: none yet."""
+    lead: Count = 0
+    """How many steps it does in a second."""
+    asks: str = ""
+    """Why it wants a save, where none that was agreed on since serves for that."""
+    agreed: AgreedStep | None = None
+    """The last one it heard of."""
+
+
+class Answer(_StarMessage, tag="answer", frozen=True, kw_only=True, gc=False):
+    """Whether this rank has not gone past the proposed step; if so it stops there until it hears more."""
+
+    round: Count
+    accepts: bool
+
+
 # ---- hub to member
 
 
@@ -192,6 +234,29 @@ class Ended(_StarMessage, tag="ended", frozen=True, kw_only=True, gc=False):
     error: WireError | None = None
 
 
+class HowFar(_StarMessage, tag="how_far", frozen=True, kw_only=True, gc=False):
+    """Somebody wants a save; begins a round."""
+
+    round: Count
+
+
+class Propose(_StarMessage, tag="propose", frozen=True, kw_only=True, gc=False):
+    """Would this step do for a save?"""
+
+    round: Count
+    step: Count
+
+
+class Agreed(_StarMessage, tag="agreed", frozen=True, kw_only=True, gc=False):
+    """It does for all."""
+
+    agreed: AgreedStep
+
+
+class Dropped(_StarMessage, tag="dropped", frozen=True, kw_only=True, gc=False):
+    """Nothing is proposed any more."""
+
+
 StarMessage = (
     Join
     | Arrive
@@ -207,4 +272,11 @@ StarMessage = (
     | WantBody
     | Committing
     | Ended
+    | AskSave
+    | Pace
+    | Answer
+    | HowFar
+    | Propose
+    | Agreed
+    | Dropped
 )

@@ -15,11 +15,12 @@ from typing import Protocol
 import anyio
 import anyio.lowlevel
 
+from aiockpt.protocol.agreeing import Agreement
 from aiockpt.protocol.frames import encode
 from aiockpt.protocol.hub import Hub
 from aiockpt.protocol.messages import WireError
 from aiockpt.protocol.orders import CheckPlans, Commit, Drop, Look, MakeAttempt, Output, Tell
-from aiockpt.protocol.star import Ended, Join, MemberBeat, Refused, StarMessage, Welcome
+from aiockpt.protocol.star import Answer, AskSave, Ended, Join, MemberBeat, Pace, Refused, StarMessage, Welcome
 from aiockpt.worker.star import Party, Ticks
 from aiockpt.worker.star_link import HubEnd, StarLink
 
@@ -107,6 +108,7 @@ class StarHub:
             now=self._now,
             is_first=is_first,
         )
+        self._agreement = Agreement(world)
         self._epoch = 0
         self._members: dict[int, StarLink] = {}
         self._unjoined: dict[StarLink, None] = {}
@@ -151,7 +153,7 @@ class StarHub:
     def say(self, message: StarMessage) -> None:
         """Rank 0 says something."""
         if self._is_running:
-            self._do(self._hub.hear(0, message, self._now))
+            self._hear(0, message)
 
     # ---- connections
 
@@ -180,7 +182,7 @@ class StarHub:
             case Join():
                 link.drop("it joins twice")
             case _:
-                self._do(self._hub.hear(link.rank, message, self._now))
+                self._hear(link.rank, message)
 
     def link_down(self, link: StarLink, why: str) -> None:
         """A connection is over."""
@@ -195,7 +197,7 @@ class StarHub:
         elif self._members.get(link.rank) is link:
             del self._members[link.rank]
             _log.info("the worker of rank %d is away: %s", link.rank, why)
-            self._do(self._hub.lost(link.rank, self._now))
+            self._lose(link.rank)
 
     def _greet(self, link: StarLink, message: StarMessage) -> None:
         if not isinstance(message, Join):
@@ -207,14 +209,14 @@ class StarHub:
         if (older := self._members.pop(message.rank, None)) is not None:
             replaced = "another worker of this rank has joined"
             older.finish(_refusal(message.rank, replaced, "look for a second process of this rank"), replaced)
-            self._do(self._hub.lost(message.rank, self._now))
+            self._lose(message.rank)
         del self._unjoined[link]
         link.rank = message.rank
         link.settled()
         self._members[message.rank] = link
         self._epoch += 1
         link.send(Welcome(epoch=self._epoch))
-        self._do(self._hub.join(message, self._now))
+        self._take_in(message)
 
     def _why_not(self, join: Join) -> str | None:
         if join.package != self._package:
@@ -229,7 +231,7 @@ class StarHub:
         join = self._party.join()
         self._epoch += 1
         self._later(self._party.welcome, self._epoch)
-        self._do(self._hub.join(join, self._now))
+        self._take_in(join)
 
     async def _close_links(self) -> None:
         for link in self._links:
@@ -241,7 +243,21 @@ class StarHub:
             # The loop closes what it listened on in its next turn.
             await anyio.lowlevel.checkpoint()
 
-    # ---- what the hub wants
+    # ---- what the hub decides
+
+    def _take_in(self, join: Join) -> None:
+        self._do(self._hub.join(join, self._now))
+        self._do(self._agreement.join(join.rank))
+
+    def _lose(self, rank: int) -> None:
+        self._do(self._hub.lost(rank, self._now))
+        self._do(self._agreement.lost(rank))
+
+    def _hear(self, rank: int, message: StarMessage) -> None:
+        if isinstance(message, AskSave | Pace | Answer):
+            self._do(self._agreement.hear(rank, message))
+        else:
+            self._do(self._hub.hear(rank, message, self._now))
 
     def _do(self, outputs: Iterable[Output]) -> None:
         for output in outputs:

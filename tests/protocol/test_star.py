@@ -14,19 +14,27 @@ from aiockpt.protocol import proof
 from aiockpt.protocol.frames import StarDecoder, encode
 from aiockpt.protocol.messages import WireError
 from aiockpt.protocol.star import (
+    Agreed,
+    AgreedStep,
+    Answer,
     Arguments,
     Arrive,
+    AskSave,
     Body,
     Committing,
     Credit,
+    Dropped,
     Ended,
     EndedCall,
     GiveUp,
+    HowFar,
     Join,
     Leave,
     MemberBeat,
     Open,
     OpenCall,
+    Pace,
+    Propose,
     Refused,
     StarMessage,
     WantBody,
@@ -60,6 +68,13 @@ EXAMPLES: list[StarMessage] = [
     Committing(n=7),
     Ended(n=7, path="step-100", nbytes=1 << 40, timings={"written": 1.5}),
     Ended(n=7, error=ERROR),
+    AskSave(reason="SIGTERM"),
+    Pace(round=1, step=-1, lead=3, asks="SIGTERM", agreed=AgreedStep(step=9, reason="10 minutes")),
+    Answer(round=1, accepts=True),
+    HowFar(round=1),
+    Propose(round=1, step=12),
+    Agreed(agreed=AgreedStep(step=12, reason="SIGTERM")),
+    Dropped(),
 ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import anyio
 
+from aiockpt.protocol.agreeing import Pacer
 from aiockpt.protocol.messages import WireError
 from aiockpt.protocol.orders import CheckPlans, Commit, Drop, Look, MakeAttempt
 from aiockpt.protocol.star import (
@@ -49,6 +50,12 @@ class Rank:
     arrival: Arrive | None = None
     opened: Open | None = None
     ended: dict[int, Ended] = field(default_factory=dict)
+    pacer: Pacer = field(default_factory=Pacer)
+
+    def ask(self, reason: str) -> None:
+        assert self.star is not None
+        for message in self.pacer.ask(reason):
+            self.star.say(message)
 
     def save(self, n: int, step: int, **arguments: Any) -> None:
         assert self.star is not None
@@ -73,6 +80,8 @@ class Rank:
     def hear(self, message: StarMessage) -> None:
         assert self.star is not None
         self.heard.append(message)
+        for answer in self.pacer.hear(message):
+            self.star.say(answer)
         match message:
             case WantBody(digest=digest):
                 self.star.say(Body(digest=digest, body=b"a plan"))

@@ -15,6 +15,7 @@ import anyio.abc
 import pytest
 
 from aiockpt.protocol import proof
+from aiockpt.protocol.agreeing import Pause
 from aiockpt.protocol.frames import encode
 from aiockpt.protocol.messages import WireError
 from aiockpt.protocol.star import Ended, GiveUp, Join, Leave, MemberBeat
@@ -255,6 +256,24 @@ def test_a_rank_that_does_not_call_is_named_in_time() -> None:
         assert "rank 1 did not call save(10)" in error.what
 
     run(2, body, arrival_timeout=0.2)
+
+
+def test_a_save_that_one_rank_asks_for_is_due_at_one_step_on_all() -> None:
+    async def body(star: Star) -> None:
+        await star.all_in()
+        star.ranks[2].ask("SIGTERM")
+        found: list[tuple[int, Any]] = []
+        for rank in star.ranks:
+            step = 0
+            while (reason := rank.pacer.due(step)) is None:
+                step += 1
+                await anyio.sleep(0.001)
+            await until(lambda rank=rank, step=step: rank.pacer.due(step) is not Pause.PAUSE)  # type: ignore[misc]
+            reason = rank.pacer.due(step)
+            found.append((step, reason))
+        assert found == [(found[0][0], "SIGTERM")] * 3
+
+    run(3, body)
 
 
 # ---- who is not taken
