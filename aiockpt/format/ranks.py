@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from aiockpt.format.manifest import Manifest, Plan
 from aiockpt.format.names import Segments
 from aiockpt.format.tree import OWN, Node, fill_places, renumber
 
-__all__ = ["RankView", "plan_for"]
+__all__ = ["RankView", "manifest_for", "plan_for"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,14 @@ def plan_for(manifest: Manifest, rank: int) -> RankView:
         fields |= _joined_columns(plan, own, files)
         values = [*values, *manifest.rank_values[rank]]
     return RankView(Plan(**fields), values, missing)
+
+
+def manifest_for(manifest: Manifest, rank: int) -> Manifest:
+    """Return the manifest with a plan and values in which nothing is of each rank any more, see ``plan_for``."""
+    view = plan_for(manifest, rank)
+    return msgspec.structs.replace(
+        manifest, plan=view.plan, values=view.values, own_plans=[], own_plan_of=[], rank_values=[]
+    )
 
 
 def _own_plan(manifest: Manifest, rank: int) -> Plan | None:

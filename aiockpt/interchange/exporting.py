@@ -11,6 +11,7 @@ import msgspec
 from aiockpt.errors import CheckpointCorruptError
 from aiockpt.format.dtypes import nbytes_of
 from aiockpt.format.names import MANIFEST_NAME, dotted, shard_name
+from aiockpt.format.ranks import manifest_for
 from aiockpt.format.tree import walk
 from aiockpt.interchange.appearing import appears, check_target
 from aiockpt.interchange.pick import Picked, pick, plain_files
@@ -69,7 +70,8 @@ def export_checkpoint(
     """Write a checkpoint's tensors, and for torch its values, for other programs; every checksum is verified.
 
     It appears whole or not at all, durably. Memory: a few blocks of 16 MiB, whatever the size. For ``torch.save`` the
-    tensors are mapped, and bytes that are no tensors are held.
+    tensors are mapped, and bytes that are no tensors are held. A tensor that is cut over the files of several ranks is
+    held while it is written; for ``torch.save`` all of these. Of what each rank has for itself that of rank 0 goes out.
 
     Args:
         checkpoint_path: Of one step's directory.
@@ -91,8 +93,8 @@ def export_checkpoint(
     target = check_target(to)
     selection = Selection(tensors)
     with open_checkpoint(checkpoint_path) as checkpoint:
-        export = _Export(checkpoint, target, selection, part, on_total, on_progress)
         try:
+            export = _Export(checkpoint, target, selection, part, on_total, on_progress)
             selection.refuse_idle(export.names(), argument="tensors")
             if target.endswith(_TORCH_SUFFIXES) and not to.endswith("/"):
                 return export.to_torch()
@@ -119,7 +121,7 @@ class _Export:
         on_progress: Callable[[int], None],
     ) -> None:
         self._checkpoint = checkpoint
-        self._manifest = checkpoint.manifest
+        self._manifest = manifest_for(checkpoint.manifest, 0)
         self._target = target
         self._selection = selection
         self._part = part

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from aiockpt.errors import CheckpointCorruptError
+from aiockpt.format.image import BLOCK_NBYTES
+from aiockpt.format.names import MANIFEST_NAME
+from aiockpt.format.placings import ShardingRecord
+from aiockpt.format.ranks import plan_for
 from aiockpt.storage.readers import AlignedBuffer, OpenCheckpoint
 
 __all__ = ["Span", "VerifiedBytes"]
@@ -34,16 +39,46 @@ class VerifiedBytes:
     def __init__(self, checkpoint: OpenCheckpoint, on_progress: Callable[[int], None]) -> None:
         self._checkpoint = checkpoint
         self._on_progress = on_progress
+        self._plan = plan_for(checkpoint.manifest, 0).plan
         self._held: OrderedDict[int, tuple[int, AlignedBuffer]] = OrderedDict()
 
+    def is_cut(self, entry: int) -> bool:
+        """Tell whether a tensor is cut over the files of several ranks."""
+        placings = self._plan.entry_placings
+        record = self._plan.placings[placings[entry]] if placings else None
+        return isinstance(record, ShardingRecord) and bool(record.cuts)
+
+    def content(self, entry: int) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor in order; one that is cut is held in memory meanwhile. Errors as of ``pieces``.
+
+        Each view is valid until the next one is asked for.
+        """
+        if not self.is_cut(entry):
+            yield from self.pieces(self.span(entry))
+            return
+        from aiockpt.restoring.checkpoint_view import CheckpointView  # these import torch, other exports need none
+        from aiockpt.restoring.load import read_entry
+
+        checkpoint = self._checkpoint
+        view = CheckpointView(checkpoint.manifest, f"{checkpoint.path}/{MANIFEST_NAME}")
+        tensor = read_entry(checkpoint, view, entry)
+        nbytes = tensor.numel() * tensor.element_size()
+        if not nbytes:
+            return
+        data = memoryview((ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())).cast("B")
+        for start in range(0, nbytes, BLOCK_NBYTES):
+            piece = data[start : start + BLOCK_NBYTES]
+            yield piece
+            self._on_progress(len(piece))
+
     def span(self, entry: int) -> Span:
-        """Return where a tensor lies.
+        """Return where a tensor lies that is not cut.
 
         Raises:
             CheckpointCorruptError: The header is not the one that was written, or contradicts the manifest.
             StorageError: The header cannot be read.
         """
-        plan = self._checkpoint.manifest.plan
+        plan = self._plan
         file, name = plan.entry_files[entry], plan.names[entry]
         dtype, shape, _ = plan.classes[plan.entry_classes[entry]]
         record = self._checkpoint.manifest.files[file]

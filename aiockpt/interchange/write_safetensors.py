@@ -107,7 +107,7 @@ def write_tensors(
 def _content(image: ImageLayout, entries: Sequence[int], source: VerifiedBytes) -> Iterator[memoryview]:
     yield memoryview(image.header)
     for position in image.order:
-        yield from source.pieces(source.span(entries[position]))
+        yield from source.content(entries[position])
 
 
 class _Blocks:

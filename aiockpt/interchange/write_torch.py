@@ -16,7 +16,7 @@ from aiockpt.interchange.mapped import MappedFile
 from aiockpt.interchange.pick import find_part
 from aiockpt.interchange.verified import VerifiedBytes
 from aiockpt.restoring.checkpoint_view import CheckpointView
-from aiockpt.restoring.load import selected
+from aiockpt.restoring.load import read_entry, selected
 from aiockpt.restoring.selection import Selection
 from aiockpt.storage.failures import storage_errors
 from aiockpt.storage.readers import FileReader, OpenCheckpoint
@@ -56,7 +56,7 @@ def read_content(checkpoint: OpenCheckpoint, selection: Selection, part: str | N
     converting.converted |= {
         dotted((*path, *below)): "a numpy array as a tensor" for below, leaf in walk(tree) if _is_array(leaf)
     }
-    built = view.build(_with_arrays_as_tensors(tree), _mapped(checkpoint, entries))
+    built = view.build(_with_arrays_as_tensors(tree), _mapped(checkpoint, view, entries))
     return Content(converting.convert(built, path), converting.converted, entries)
 
 
@@ -82,17 +82,19 @@ def _with_arrays_as_tensors(node: Node) -> Node:
     return [tag, [[key, _with_arrays_as_tensors(child)] for key, child in node[1]]]
 
 
-def _mapped(checkpoint: OpenCheckpoint, entries: list[int]) -> dict[int, torch.Tensor]:
-    plan = checkpoint.manifest.plan
+def _mapped(checkpoint: OpenCheckpoint, view: CheckpointView, entries: list[int]) -> dict[int, torch.Tensor]:
     source = VerifiedBytes(checkpoint, lambda nbytes: None)
     maps: dict[int, MappedFile] = {}
     tensors = {}
     for entry in entries:
-        code, shape, mark = plan.classes[plan.entry_classes[entry]]
+        if source.is_cut(entry):
+            tensors[entry] = read_entry(checkpoint, view, entry)
+            continue
+        code, shape, mark = view.stored_form(entry)
         span = source.span(entry)
         if span.file not in maps:
             maps[span.file] = _map(checkpoint.file(span.file))
-        tensors[entry] = maps[span.file].tensor(code, tuple(shape), mark, span.start, span.stop)
+        tensors[entry] = maps[span.file].tensor(code, shape, mark, span.start, span.stop)
     return tensors
 
 
@@ -116,7 +118,7 @@ def write_content(dir_fd: int, name: str, content: Content, source: VerifiedByte
         StorageError: Something cannot be read or written.
         CheckpointError: ``torch.load`` does not take the file.
     """
-    for span in sorted(map(source.span, content.entries)):
+    for span in sorted(source.span(entry) for entry in content.entries if not source.is_cut(entry)):
         for _ in source.pieces(span):
             pass  # handed out, so it is good
     fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=dir_fd)

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from aiockpt.errors import StepNotFoundError
 from aiockpt.format.names import Segments, dotted
 from aiockpt.format.tree import Node, is_blob, walk
@@ -17,7 +19,7 @@ from aiockpt.restoring.run import OnBad, first_good
 from aiockpt.restoring.selection import Patterns, Selection
 from aiockpt.storage.readers import OpenCheckpoint
 
-__all__ = ["load_checkpoint", "selected"]
+__all__ = ["load_checkpoint", "read_entry", "selected"]
 
 
 def load_checkpoint(
@@ -79,6 +81,19 @@ def load_checkpoint(
             path=os.path.abspath(os.fspath(path)),
         )
     return found[0]
+
+
+def read_entry(checkpoint: OpenCheckpoint, view: CheckpointView, entry: int) -> torch.Tensor:
+    """Return one tensor, whole, wherever its parts lie.
+
+    Raises:
+        CheckpointCorruptError: A header or a block is not the one that was written.
+        StorageError: Something cannot be read.
+    """
+    plan = Plan(view)
+    tensor = plan.read_fresh(entry)
+    Reading(checkpoint, view, (), plan.fresh).run()
+    return tensor
 
 
 def _as_dict(view: CheckpointView, value: Any) -> dict[str, Any]:
