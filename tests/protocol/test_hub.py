@@ -431,6 +431,57 @@ def test_too_late_for_a_cancel_while_it_is_committed() -> None:
     assert job.end_of(0) == "committed"
 
 
+def in_one_attempt(hub: Hub, n: int, digests: dict[int, str]) -> list[Output]:
+    """All ranks arrive with these plans; return what the hub wanted once the attempt stood."""
+    out: list[Output] = []
+    for rank, digest in digests.items():
+        out += hub.hear(rank, Arrive(n=n, arguments=Arguments(step=n), digest=digest), 0.0)
+    for order in [order for order in out if isinstance(order, MakeAttempt)]:
+        out += hub.made(order, None)
+    return out
+
+
+def hub_of(world: int) -> Hub:
+    hub = Hub(world, new_id=lambda: "id", arrival_timeout=None, return_timeout=None, now=0.0)
+    for rank in range(world):
+        hub.join(Join(rank=rank, world=world, package="1"), 0.0)
+    return hub
+
+
+def wanted(out: list[Output]) -> list[tuple[str, tuple[int, ...]]]:
+    return [
+        (tell.message.digest, tell.ranks)
+        for tell in out
+        if isinstance(tell, Tell) and isinstance(tell.message, WantBody)
+    ]
+
+
+def test_each_plan_is_asked_for_once_and_kept_until_another_save_ended() -> None:
+    hub = hub_of(3)
+    assert wanted(in_one_attempt(hub, 0, {0: "a", 1: "b", 2: "a"})) == [("a", (0,)), ("b", (1,))]
+    hub.hear(0, Body(digest="a", body=b"A"), 0.0)
+    (check,) = hub.hear(1, Body(digest="b", body=b"B"), 0.0)
+    assert check == CheckPlans(0, {"a": (0, 2), "b": (1,)}, {"a": b"A", "b": b"B"})
+    hub.checked(0, DISK_FULL)
+    assert wanted(in_one_attempt(hub, 1, {0: "a", 1: "a", 2: "a"})) == []
+    hub.checked(1, DISK_FULL)
+    assert wanted(in_one_attempt(hub, 2, {0: "b", 1: "a", 2: "a"})) == [("b", (0,))]
+
+
+@pytest.mark.parametrize("differs", ["values", "tensors"])
+def test_ranks_with_one_plan_must_have_equal_plain_content(differs: str) -> None:
+    """Those with another plan are not compared with them: that is for who merges the plans."""
+    hub = hub_of(3)
+    in_one_attempt(hub, 0, {0: "a", 1: "b", 2: "a"})
+    out: list[Output] = []
+    for rank, content in enumerate("xyz"):
+        out = hub.hear(rank, Written(n=0, attempt=0, files=[], **{f"{differs}_sum": content}), 0.0)  # type: ignore[arg-type]
+    (ended,) = [tell.message for tell in out if isinstance(tell, Tell)]
+    assert isinstance(ended, Ended)
+    assert ended.error is not None
+    assert ended.error.what == f"plain {differs} differ between rank 0 and rank 2"
+
+
 RANKS = st.integers(0, 2)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 import socket
 import struct
 import threading
@@ -20,7 +21,7 @@ from aiockpt.protocol.frames import encode
 from aiockpt.protocol.messages import WireError
 from aiockpt.protocol.star import Ended, GiveUp, Join, Leave, MemberBeat
 from aiockpt.worker import star_link
-from aiockpt.worker.star_hub import StarHub
+from aiockpt.worker.star_hub import StarHub, make_room
 from tests.worker.star_parties import PACKAGE, TOKEN, MemoryClerk, Rank, hub_of, listen, member_of
 
 pytestmark = pytest.mark.process  # for the check that no descriptor is left
@@ -274,6 +275,22 @@ def test_a_save_that_one_rank_asks_for_is_due_at_one_step_on_all() -> None:
         assert found == [(found[0][0], "SIGTERM")] * 3
 
     run(3, body)
+
+
+def test_the_limit_of_descriptors_is_raised_as_far_as_it_goes(caplog: pytest.LogCaptureFixture) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard - 10, hard))
+        make_room(hard - 5)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard - 5, hard)
+        make_room(hard - 50)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard - 5, hard)
+        assert not caplog.records
+        make_room(hard + 1)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+        assert "ulimit -Hn" in caplog.text
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 # ---- who is not taken
