@@ -8,28 +8,15 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-PATIENCE_SECONDS = 60.0
-"""Upper end of every wait in tests; ten times what a loaded machine needs."""
-
-
-def wait_until(condition: Callable[[], Any], what: str, timeout: float = PATIENCE_SECONDS) -> Any:
-    """Poll until the condition holds and return what it returned; fail after ``timeout`` seconds."""
-    deadline = time.monotonic() + timeout
-    pause = threading.Event()
-    while True:
-        if found := condition():
-            return found
-        assert time.monotonic() < deadline, f"timed out waiting for {what}"
-        pause.wait(0.002)
+from tests.waiting import PATIENCE_SECONDS
+from tests.waiting import wait_until as wait_until  # for those who take everything from here
 
 
 class Training:

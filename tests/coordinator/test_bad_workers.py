@@ -16,10 +16,10 @@ import aiockpt
 from aiockpt import blocking
 from aiockpt.coordinator import process
 from aiockpt.protocol.frames import encode
-from aiockpt.protocol.messages import MAGIC, PROTOCOL_VERSION, Hello
+from aiockpt.protocol.messages import PROTOCOL_VERSION
 from aiockpt.storage.faults import FaultPoint
 from aiockpt.testing.faults import WORKER_ARGUMENT, FaultPlan, FaultRule
-from aiockpt.worker.launch import PACKAGE_PATH
+from tests.protocol.examples import our_hello
 from tests.support import wait_until
 
 pytestmark = pytest.mark.process
@@ -27,20 +27,15 @@ pytestmark = pytest.mark.process
 STATE: dict[str, Any] = {"x": torch.arange(10)}
 
 
-def hello(**changes: Any) -> bytes:
-    fields = {"magic": MAGIC, "protocol": PROTOCOL_VERSION, "package": aiockpt.__version__, "path": PACKAGE_PATH}
-    return encode(Hello(**(fields | changes)))
-
-
 SPOKEN = {
     "garbage": b"\x05\x00\x00\x00hello",
     "huge length": b"\xff\xff\xff\xff",
     "unknown tag": b"\x0b\x00\x00\x00\x81\xa2is\xa6absurd",
-    "other protocol": hello(protocol=PROTOCOL_VERSION + 1),
-    "other version": hello(package="0.0.0"),
-    "other installation": hello(path="/elsewhere"),
+    "other protocol": encode(our_hello(protocol=PROTOCOL_VERSION + 1)),
+    "other version": encode(our_hello(package="0.0.0")),
+    "other installation": encode(our_hello(path="/elsewhere")),
     "no program of ours": b"\x04\x00\x00\x00\x81\xa1a\x01",
-    "garbage behind hello": hello() + b"\x01\x00\x00\x00\xc1",
+    "garbage behind hello": encode(our_hello()) + b"\x01\x00\x00\x00\xc1",
 }
 
 

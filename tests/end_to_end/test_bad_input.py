@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 import aiockpt
 from aiockpt import blocking
+from tests.files import flip, make_read_only, small_disk
 
 pytestmark = pytest.mark.process
 
@@ -73,29 +73,24 @@ def test_run_directories_that_are_none(make: Callable[[Path], None], tmp_path: P
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True)
-    if mount.returncode != 0:
-        pytest.skip("mount(2) is not permitted here (CAP_SYS_ADMIN)")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    with small_disk(tmp_path / "disk", "4m") as path:
+        yield path
 
 
-def test_a_read_only_directory(small_disk: Path) -> None:
+def test_a_read_only_directory(disk: Path) -> None:
     """An errno of the operating system, at open."""
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    make_read_only(disk)
     with pytest.raises(aiockpt.StorageError) as caught:
-        blocking.Checkpointer(small_disk / "run").open()
+        blocking.Checkpointer(disk / "run").open()
     assert_helpful(caught.value, aiockpt.StorageError)
     assert caught.value.errno == errno.EROFS
 
 
-def test_a_full_disk(small_disk: Path) -> None:
+def test_a_full_disk(disk: Path) -> None:
     """That save fails alone, the checkpoint before it stands, and the next one that fits succeeds."""
-    with blocking.Checkpointer(small_disk / "run") as ckpt:
+    with blocking.Checkpointer(disk / "run") as ckpt:
         ckpt.save(0, STATE).result(60)
         with pytest.raises(aiockpt.StorageError) as caught:
             ckpt.save(1, {"w": torch.zeros(8 << 20, dtype=torch.uint8)}).result(60)
@@ -156,14 +151,6 @@ def test_keys_that_collide(tmp_path: Path) -> None:
 
 
 # ---- bytes on disk
-
-
-def flip(path: Path, offset: int) -> None:
-    with open(path, "r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 0x10]))
 
 
 def truncate(path: Path, to: float) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from aiockpt import __version__
 from aiockpt.protocol.messages import (
+    MAGIC,
+    PROTOCOL_VERSION,
     Adopt,
     Beat,
     BeginSave,
@@ -24,6 +29,14 @@ from aiockpt.protocol.messages import (
     Staged,
     WireError,
 )
+from aiockpt.worker.launch import PACKAGE_PATH
+
+
+def our_hello(**changes: Any) -> Hello:
+    """Return the Hello of this very installation, changed."""
+    fields = {"magic": MAGIC, "protocol": PROTOCOL_VERSION, "package": __version__, "path": PACKAGE_PATH}
+    return Hello(**(fields | changes))
+
 
 SAVE_ID = "0b6f1c9e-5d2a-4f7e-9c1b-3a8d7e6f5c4b"
 ERROR = WireError(

@@ -80,8 +80,7 @@ class Rig:
         assert self.arena is not None
         names = [dotted(entry.segments) for entry in collect(state).entries]
         return {
-            name: raw(self.arena.bytes_at(self.plan.offsets[i], self.plan.sizes[i]))
-            for i, name in enumerate(names)
+            name: raw(self.arena.bytes_at(self.plan.offsets[i], self.plan.sizes[i])) for i, name in enumerate(names)
         }
 
     @contextmanager

@@ -8,13 +8,12 @@ import select
 import subprocess
 import sys
 import textwrap
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+from tests.waiting import PATIENCE_SECONDS
+
 ROOT = Path(__file__).parents[2]
-PATIENCE_SECONDS = 60.0
 
 PRELUDE = """
 import os, sys, signal
@@ -87,11 +86,3 @@ def killed(code: str, *arguments: object) -> None:
     with child(code, *arguments) as running:
         out, err = running.process.communicate(timeout=PATIENCE_SECONDS)
         assert running.process.returncode == -9, out + err
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Poll until the condition holds."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"timed out waiting for {what}"
-        threading.Event().wait(0.002)

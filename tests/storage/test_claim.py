@@ -18,6 +18,7 @@ from aiockpt.storage.failures import FencedError
 from aiockpt.storage.faults import FaultPoint, Faults
 from aiockpt.storage.run_directory import scan
 from aiockpt.testing.faults import ArmedFaults, FaultPlan, FaultRule
+from tests.files import names
 from tests.storage.making import commit, make_attempt_files, opened, save_id, write_head
 from tests.storage.processes import child, killed, run
 from tests.storage.test_locks import ATTEMPT
@@ -27,10 +28,6 @@ OTHER = save_id(0xBEEF)
 
 def take(path: Path, **options: object) -> RunClaim:
     return RunClaim.take(str(path), **{"linger_timeout": 60.0, **options})  # type: ignore[arg-type]
-
-
-def names(path: Path, prefix: str) -> list[str]:
-    return sorted(name for name in os.listdir(path) if name.startswith(prefix))
 
 
 def test_a_new_run(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 from aiockpt.errors import ConfigError
 from aiockpt.storage.locks import RunLock
 from tests.storage.making import opened
-from tests.storage.processes import child, run, wait_until
+from tests.storage.processes import child, run
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.process
 

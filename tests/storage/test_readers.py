@@ -24,6 +24,7 @@ from aiockpt.storage.faults import FaultPoint, Faults
 from aiockpt.storage.readers import AlignedBuffer, OpenCheckpoint, open_checkpoint
 from aiockpt.storage.verify import verify_checkpoint
 from aiockpt.testing.faults import ArmedFaults, FaultPlan, FaultRule
+from tests.files import flip
 from tests.storage.making import PLAIN, PLAIN_CONTENT, TENSORS, commit, content, opened, write_head
 
 TWO_BLOCKS = BLOCK_NBYTES + 5000
@@ -33,14 +34,6 @@ TWO_BLOCKS = BLOCK_NBYTES + 5000
 def step(tmp_path: Path) -> Path:
     """A committed checkpoint with one tensor file of one block, and one plain file."""
     return Path(commit(tmp_path, 3, number=1).path)
-
-
-def flip(path: Path, offset: int, bit: int = 0) -> None:
-    with open(path, "r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 1 << bit]))
 
 
 def read_all(path: Path, **options: object) -> bytes:

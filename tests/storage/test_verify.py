@@ -11,8 +11,8 @@ import pytest
 from aiockpt.errors import CheckpointCorruptError
 from aiockpt.format.image import BLOCK_NBYTES
 from aiockpt.storage.verify import verify_checkpoint
+from tests.files import flip
 from tests.storage.making import PLAIN, PLAIN_CONTENT, TENSORS, commit
-from tests.storage.test_readers import flip
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])

@@ -18,7 +18,8 @@ from aiockpt.storage.direct import FileWriter, write_small
 from aiockpt.storage.faults import NO_FAULTS, FaultPoint
 from aiockpt.storage.file_reader import AlignedBuffer
 from aiockpt.testing.faults import WORKER_ARGUMENT, ArmedFaults, FaultPlan, FaultRule, from_json
-from tests.storage.processes import child, wait_until
+from tests.storage.processes import child
+from tests.waiting import wait_until
 
 POINT = FaultPoint.WORKER_BLOCK_WRITE
 

@@ -11,7 +11,6 @@ import select
 import signal
 import socket
 import subprocess
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,8 +26,6 @@ from aiockpt.format.manifest import Manifest, decode_manifest
 from aiockpt.planning.local import Entry, LocalPlan, plan_local
 from aiockpt.protocol.frames import FrameDecoder, check_hello, encode
 from aiockpt.protocol.messages import (
-    MAGIC,
-    PROTOCOL_VERSION,
     Adopt,
     BeginSave,
     Close,
@@ -50,6 +47,7 @@ from aiockpt.protocol.messages import (
 from aiockpt.storage.verify import verify_checkpoint
 from aiockpt.testing.faults import WORKER_ARGUMENT, FaultPlan, FaultRule
 from aiockpt.worker.launch import PACKAGE_PATH, command
+from tests.protocol.examples import our_hello
 
 PATIENCE_SECONDS = 20.0
 M = TypeVar("M", bound=Message)
@@ -141,8 +139,7 @@ class Worker:
 
     def hello(self, *, term: int = 1, linger: float | None = 10.0, beat: float = 0.02, **changes: Any) -> None:
         setup = Setup(run=str(self.run), term=term, linger_timeout=linger, beat_interval=beat)
-        fields = {"magic": MAGIC, "protocol": PROTOCOL_VERSION, "package": __version__, "path": PACKAGE_PATH}
-        self.send(Hello(**(fields | {"setup": setup} | changes)))
+        self.send(our_hello(**({"setup": setup} | changes)))
 
     def get_ready(self, **setup: Any) -> Ready:
         self.hello(**setup)
@@ -408,22 +405,7 @@ def check_checkpoint(path: Path, save: Save) -> Manifest:
     return manifest
 
 
-def names(run: Path, prefix: str) -> list[str]:
-    """Return what begins so in the run."""
-    return sorted(name for name in os.listdir(run) if name.startswith(prefix))
-
-
 def state_of(pid: int) -> str:
     """Return the letter of a process's state; T is stopped."""
     with open(f"/proc/{pid}/stat", encoding="ascii") as file:
         return file.read().rpartition(")")[2].split()[0]
-
-
-def wait_for(condition: Callable[[], Any], what: str, timeout: float = PATIENCE_SECONDS) -> Any:
-    """Poll until the condition holds and return what it returned."""
-    deadline = time.monotonic() + timeout
-    pause = threading.Event()
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"timed out waiting for {what}"
-        pause.wait(0.002)
-    return found

@@ -19,7 +19,8 @@ from aiockpt.errors import ProtocolError, StorageError
 from aiockpt.protocol.messages import Reserve, Reserved
 from aiockpt.worker.activity import Activity
 from aiockpt.worker.arena import PIECE_NBYTES, ArenaMap, allocate
-from tests.worker.driver import Ended, Save, check_checkpoint, snapshot, state_of, wait_for, worker
+from tests.waiting import wait_until
+from tests.worker.driver import Ended, Save, check_checkpoint, snapshot, state_of, worker
 
 
 def make(nbytes: int, **options: object) -> int:
@@ -204,7 +205,7 @@ def test_a_limit_that_is_hit_while_allocating_ends_the_worker_alone(tmp_path: Pa
                 (group / "cgroup.procs").write_text(str(pid))
             set_limit(group, 1 << 30)
             child.send(Reserve(nbytes=512 << 20))
-            wait_for(lambda: state_of(child.pid) == "T", "the stop")
+            wait_until(lambda: state_of(child.pid) == "T", "the stop")
             set_limit(group, 96 << 20)
             os.kill(child.pid, signal.SIGCONT)
             with pytest.raises(Ended):

@@ -17,7 +17,9 @@ from aiockpt.worker.activity import Activity
 from aiockpt.worker.run import Run
 from aiockpt.worker.stderr import GuardedStderr
 from aiockpt.worker.sweeper import Sweeper
-from tests.worker.driver import Save, check_checkpoint, names, rule, snapshot, wait_for, worker
+from tests.files import names
+from tests.waiting import wait_until
+from tests.worker.driver import Save, check_checkpoint, rule, snapshot, worker
 
 
 @pytest.mark.process
@@ -111,10 +113,10 @@ def test_sweeping_stands_back_for_a_save(tmp_path: Path, monkeypatch: pytest.Mon
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(sweeper.run)
                 with anyio.fail_after(20):
-                    await anyio.to_thread.run_sync(wait_for, lambda: sweeper._left_over, "the look into the run")
+                    await anyio.to_thread.run_sync(wait_until, lambda: sweeper._left_over, "the look into the run")
                     (tmp_path / "later").rename(tmp_path / ".trash.new")
                     sweeper.add(".trash.new")
-                    await anyio.to_thread.run_sync(wait_for, lambda: not names(tmp_path, ".trash.new"), "the removal")
+                    await anyio.to_thread.run_sync(wait_until, lambda: not names(tmp_path, ".trash.new"), "the removal")
                     assert names(tmp_path, ".trash") == [".trash.a", ".trash.b"]
                     assert not sweeper.is_idle
                     await sweeper.wait_idle()

@@ -9,7 +9,8 @@ import pytest
 
 from aiockpt.format.image import BLOCK_NBYTES
 from aiockpt.protocol.messages import Cancel, Committed, Progress, Staged
-from tests.worker.driver import Save, check_checkpoint, names, rule, snapshot, worker
+from tests.files import names
+from tests.worker.driver import Save, check_checkpoint, rule, snapshot, worker
 
 pytestmark = pytest.mark.process
 

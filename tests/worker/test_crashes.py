@@ -13,7 +13,9 @@ from aiockpt.format.names import attempt_name
 from aiockpt.protocol.messages import Committed
 from aiockpt.storage.commit import to_trash
 from aiockpt.storage.faults import FaultPoint
-from tests.worker.driver import Ended, Save, check_checkpoint, names, rule, snapshot, state_of, wait_for, worker
+from tests.files import names
+from tests.waiting import wait_until
+from tests.worker.driver import Ended, Save, check_checkpoint, rule, snapshot, state_of, worker
 
 pytestmark = [pytest.mark.process, pytest.mark.crash]
 
@@ -80,7 +82,7 @@ def test_a_late_worker_finds_nothing_to_rename(tmp_path: Path, overwrite: bool) 
     save = Save(snapshot(), step=1)
     with worker(run, odd="StoppedBeforeRename:") as first, worker(run) as second:
         first.start_save(save, overwrite=overwrite)
-        wait_for(lambda: state_of(first.pid) == "T", "the stop")
+        wait_until(lambda: state_of(first.pid) == "T", "the stop")
         fence(run, save)
         retry = Save(save.shot, step=1, save_id=save.save_id, attempt=1)
         second.commit(retry)
@@ -109,7 +111,7 @@ def test_killed_while_it_removes(tmp_path: Path) -> None:
     assert names(run, "step-") == ["step-2"]
     assert len(names(run, ".trash.")) == 1
     with worker(run):
-        wait_for(lambda: not names(run, ".trash."), "the sweep")
+        wait_until(lambda: not names(run, ".trash."), "the sweep")
 
 
 def test_killed_at_its_start(tmp_path: Path) -> None:

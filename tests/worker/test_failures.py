@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import shutil
 import signal
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,9 @@ import pytest
 from aiockpt.format.names import attempt_name
 from aiockpt.storage.commit import to_trash
 from aiockpt.testing.faults import FaultPlan, FaultRule
-from tests.worker.driver import Save, Switch, check_checkpoint, names, rule, snapshot, state_of, wait_for, worker
+from tests.files import make_read_only, names, small_disk
+from tests.waiting import wait_until
+from tests.worker.driver import Save, Switch, check_checkpoint, rule, snapshot, state_of, worker
 
 pytestmark = pytest.mark.process
 
@@ -145,21 +144,9 @@ def test_direct_io_refused_at_a_write(tmp_path: Path) -> None:
     check_checkpoint(tmp_path / "run/step-1", save)
 
 
-@contextlib.contextmanager
-def small_disk(path: Path, size: str) -> Iterator[Path]:
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", path], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    try:
-        yield path / "run"
-    finally:
-        subprocess.run(["umount", "-l", path], check=True)
-
-
 def test_a_full_disk_fails_one_save(tmp_path: Path) -> None:
     """ENOSPC shows before a byte is written; a smaller save fits afterwards."""
-    with small_disk(tmp_path / "disk", "4m") as run, worker(run) as child:
+    with small_disk(tmp_path / "disk", "4m") as disk, worker(run := disk / "run") as child:
         save = Save(snapshot(("model", 8 << 20)), step=1)
         child.begin(save)
         error = child.outcome(save)
@@ -170,7 +157,7 @@ def test_a_full_disk_fails_one_save(tmp_path: Path) -> None:
 
 def test_a_save_waits_for_the_room_that_retention_makes(tmp_path: Path) -> None:
     """A disk that holds two checkpoints takes one after the other, with one kept."""
-    with small_disk(tmp_path / "disk", "9m") as run, worker(run) as child:
+    with small_disk(tmp_path / "disk", "9m") as disk, worker(run := disk / "run") as child:
         for step in range(6):
             save = Save(snapshot(("model", 4 << 20), seed=step), step=step, ordinal=step + 1)
             child.commit(save, prune=[f"step-{step - 1}"] if step else [])
@@ -184,7 +171,7 @@ def test_an_attempt_that_was_moved_away_is_fenced(tmp_path: Path) -> None:
         with worker(run, odd=odd) as child:
             save = Save(snapshot(), step=1)
             child.start_save(save)
-            wait_for(lambda child=child: state_of(child.pid) == "T", "the stop")
+            wait_until(lambda child=child: state_of(child.pid) == "T", "the stop")
             move_away(run, attempt_name(1, save.save_id, 0), remove=remove)
             os.kill(child.pid, signal.SIGCONT)
             assert child.outcome(save).kind == "fenced"
@@ -224,7 +211,7 @@ def test_a_run_directory_that_goes_away(tmp_path: Path) -> None:
             save = Save(snapshot(), step=step)
             child.start_save(save)
             if not step:
-                wait_for(lambda: state_of(child.pid) == "T", "the stop")
+                wait_until(lambda: state_of(child.pid) == "T", "the stop")
                 shutil.rmtree(run)
                 os.kill(child.pid, signal.SIGCONT)
             error = child.outcome(save)
@@ -262,9 +249,10 @@ def test_a_run_that_cannot_be_used(tmp_path: Path, kind: str) -> None:
 
 def test_a_run_on_a_read_only_disk(tmp_path: Path) -> None:
     """Found by writing, as modes and access() do not say it."""
-    with small_disk(tmp_path / "disk", "1m") as run:
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        run = disk / "run"
         run.mkdir()
-        subprocess.run(["mount", "-o", "remount,ro", tmp_path / "disk"], check=True)
+        make_read_only(disk)
         with worker(run, ready=False) as child:
             error = child.get_ready().error
             assert error is not None

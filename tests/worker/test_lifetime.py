@@ -15,17 +15,17 @@ from pathlib import Path
 import pytest
 
 from aiockpt.protocol.messages import Close, Closed, Progress, SlotFree
+from tests.files import names
+from tests.waiting import wait_until
 from tests.worker.driver import (
     Ended,
     Save,
     Worker,
     check_checkpoint,
     mortal_trainer,
-    names,
     rule,
     snapshot,
     state_of,
-    wait_for,
     worker,
 )
 
@@ -56,7 +56,7 @@ def test_the_end_of_staging_in_the_socket_counts(tmp_path: Path) -> None:
     with mortal_trainer() as trainer, worker(run, trainer_pidfd=trainer.pidfd) as child:
         assert child.reserve(save.shot.plan.arena_nbytes).error is None
         os.kill(child.pid, signal.SIGSTOP)
-        wait_for(lambda: state_of(child.pid) == "T", "the stop")
+        wait_until(lambda: state_of(child.pid) == "T", "the stop")
         child.start_save(save)
         trainer.die()
         os.kill(child.pid, signal.SIGCONT)
@@ -126,7 +126,7 @@ def test_signals_at_the_start_are_ignored_too(tmp_path: Path) -> None:
     """As soon as Python runs at all."""
     with worker(tmp_path / "run", ready=False) as child:
         ignored = 1 << (signal.SIGTERM - 1) | 1 << (signal.SIGINT - 1)
-        wait_for(lambda: status_mask(child.pid, "SigIgn") & ignored == ignored, "the first line of the boot")
+        wait_until(lambda: status_mask(child.pid, "SigIgn") & ignored == ignored, "the first line of the boot")
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(child.pid, number)
         assert child.get_ready().error is None
@@ -169,7 +169,7 @@ def test_sigterm_cuts_the_linger_time(tmp_path: Path) -> None:
         child.next_where(lambda m: isinstance(m, Progress) and m.state == "staged")
         trainer.die()
         caught = 1 << (signal.SIGTERM - 1)
-        wait_for(lambda: status_mask(child.pid, "SigCgt") & caught, "the worker to listen")
+        wait_until(lambda: status_mask(child.pid, "SigCgt") & caught, "the worker to listen")
         began_at = time.monotonic()
         os.kill(child.pid, signal.SIGTERM)
         assert child.wait(timeout=15) == LINGERED
@@ -229,9 +229,9 @@ def test_a_trainer_that_does_not_read_delays_no_save(tmp_path: Path) -> None:
     with worker(run, beat=0.0001) as child:
         child.begin(save)
         child.stage(save)
-        wait_for(lambda: unread(child) == unread(child) > 1000, "a full socket")
+        wait_until(lambda: unread(child) == unread(child) > 1000, "a full socket")
         child.end(save)
-        wait_for(lambda: names(run, "step-1"), "the commit")
+        wait_until(lambda: names(run, "step-1"), "the commit")
         child.next(SlotFree)
         assert child.close_politely() == 0
     check_checkpoint(run / "step-1", save)
@@ -279,7 +279,7 @@ def test_a_real_trainer_with_a_forked_child(tmp_path: Path) -> None:
         try:
             trainer.kill()
             trainer.wait()
-            wait_for(lambda: is_readable(pidfd), "the worker's end")
+            wait_until(lambda: is_readable(pidfd), "the worker's end")
         finally:
             os.close(pidfd)
     finally:

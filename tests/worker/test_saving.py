@@ -12,7 +12,9 @@ from aiockpt.format.image import BLOCK_NBYTES
 from aiockpt.planning.local import Entry, plan_local
 from aiockpt.protocol.messages import Beat, Committed, Progress, Staged
 from aiockpt.storage.claim import RunClaim
-from tests.worker.driver import Save, Snapshot, check_checkpoint, names, snapshot, wait_for, worker
+from tests.files import names
+from tests.waiting import wait_until
+from tests.worker.driver import Save, Snapshot, check_checkpoint, snapshot, worker
 
 pytestmark = pytest.mark.process
 
@@ -113,7 +115,7 @@ def test_many_folders_take_few_descriptors(tmp_path: Path) -> None:
         before = len(os.listdir(f"/proc/{child.pid}/fd"))
         child.begin(save)
         child.fill(save.shot)
-        wait_for(lambda: names(tmp_path / "run", ".step-1."), "the attempt")
+        wait_until(lambda: names(tmp_path / "run", ".step-1."), "the attempt")
         assert len(os.listdir(f"/proc/{child.pid}/fd")) < before + 40
         child.end(save)
         assert isinstance(child.outcome(save, timeout=60), Committed)
@@ -164,7 +166,7 @@ def test_what_former_jobs_left_is_swept(tmp_path: Path) -> None:
         (run / f".trash.{i}" / "model" / "file").write_bytes(b"x" * 1000)
     (run / ".trash.file").write_bytes(b"")
     with worker(run) as child:
-        wait_for(lambda: not names(run, ".trash"), "the sweep")
+        wait_until(lambda: not names(run, ".trash"), "the sweep")
         child.commit(Save(snapshot(), step=1))
 
 
@@ -177,7 +179,7 @@ def test_an_attempt_holds_its_byte_of_the_lock(tmp_path: Path) -> None:
             save = Save(snapshot(), step=1)
             assert claim._lock.wait_attempts(0)
             child.begin(save)
-            wait_for(lambda: not claim._lock.wait_attempts(0), "the attempt's lock")
+            wait_until(lambda: not claim._lock.wait_attempts(0), "the attempt's lock")
             child.stage(save)
             child.end(save)
             child.outcome(save)
