@@ -38,7 +38,7 @@ class ContradictionError(Exception):
 
 
 class TreeMerger:
-    """Takes one tree after the other; ``tree`` is what they are together, in numbers of its own.
+    """Takes one tree after the other; ``tree`` is what they are together, in numbers of its own, and grows in place.
 
     Args:
         name_of: Gives the name of a common entry, for messages.
@@ -53,6 +53,9 @@ class TreeMerger:
         """The values that are a module's metadata: each rank has those of the parts it has."""
         self._body = 0
         self._entries: Sequence[int] = ()
+        self._places: dict[int, dict[str, int]] = {}
+        """By identity of a list of pairs: the index of each key."""
+        self._kept: list[object] = []  # so that no other list gets the identity of one of these
 
     def add(self, body: int, tree: Node, entries: Sequence[int]) -> None:
         """Take in the tree of a body; ``entries`` are the common numbers of its entries.
@@ -89,18 +92,18 @@ class TreeMerger:
         if kind in MAPPINGS:
             return [kind, self._pairs(_pairs_of(known), _pairs_of(node), path)]
         if kind in ("list", "tuple") and len(known[1]) == len(node[1]):
-            parts = zip(known[1], node[1], strict=True)
-            return [kind, [self._merged(*pair, (*path, str(index))) for index, pair in enumerate(parts)]]
+            for index, (part, other) in enumerate(zip(known[1], node[1], strict=True)):
+                known[1][index] = self._merged(part, other, (*path, str(index)))
+            return known
         return self._equal(known, node, path)
 
     def _same_value(self, known: Node, node: Node) -> None:
         self.sources[value_number(known)].append((self._body, value_number(node)))
 
     def _items(self, known: dict[str, Node], items: dict[str, Node], path: Segments) -> dict[str, Node]:
-        merged = dict(known)
         for key, node in items.items():
-            merged[key] = self._merged(known[key], node, (*path, key)) if key in known else self._adopted(node)
-        return merged
+            known[key] = self._merged(known[key], node, (*path, key)) if key in known else self._adopted(node)
+        return known
 
     def _module(self, known: Node, node: Node, path: Segments) -> Node:
         metadata = known[2]
@@ -111,17 +114,19 @@ class TreeMerger:
         return ["module", self._items(known[1], node[1], path), metadata]
 
     def _pairs(self, known: list[list[Any]], pairs: list[list[Any]], path: Segments) -> list[list[Any]]:
-        places = {key_text(pair[0]): index for index, pair in enumerate(known)}
-        merged = list(known)
+        places = self._places.get(id(known))
+        if places is None:
+            places = self._places[id(known)] = {key_text(pair[0]): index for index, pair in enumerate(known)}
+            self._kept.append(known)
         for key, node in pairs:
-            index = places.get(key_text(key))
-            if index is None:
-                merged.append([key, self._adopted(node)])
+            index = places.setdefault(key_text(key), len(known))
+            if index == len(known):
+                known.append([key, self._adopted(node)])
             elif known[index][0] != key:
                 raise ContradictionError((*path, key_text(key)), f"the key {known[index][0]!r}", f"the key {key!r}")
             else:
-                merged[index] = [key, self._merged(known[index][1], node, (*path, key_text(key)))]
-        return merged
+                known[index][1] = self._merged(known[index][1], node, (*path, key_text(key)))
+        return known
 
     def _equal(self, known: Node, node: Node, path: Segments) -> Node:
         """Return a node that has no parts to merge, or whose parts do not match."""
@@ -149,4 +154,7 @@ def _kind(node: Node) -> str:
 
 
 def _pairs_of(node: Node) -> list[list[Any]]:
-    return [[key, part] for key, part in node.items()] if isinstance(node, dict) else list(node[1])
+    if isinstance(node, dict):
+        return [[key, part] for key, part in node.items()]
+    pairs: list[list[Any]] = node[1]
+    return pairs

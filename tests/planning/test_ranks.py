@@ -289,6 +289,29 @@ def test_an_entry_that_is_per_rank_and_common() -> None:
     assert caught.value.key == "a.t"
 
 
+def test_trees_that_cannot_be_said() -> None:
+    """As with one rank: nested too deep, or with a key that is no UTF-8, inside of what is each rank's own too."""
+    deep: Any = -1
+    for _ in range(5000):
+        deep = {"k": deep}
+    for tree in (deep, {"rng": ["per_rank", deep]}):
+        with pytest.raises(UnsupportedValueError, match="nested"):
+            plan_local([], tree, rank=0, world=2)
+        with pytest.raises(UnsupportedValueError, match="nested"):
+            PlanCache(rank=0, world=2).plan([], tree, {})
+    for tree in ({"\udc80": -1}, {"rng": ["per_rank", {"\udc80": -1}]}):
+        with pytest.raises(UnsupportedValueError, match="surrogates"):
+            plan_local([], tree, rank=0, world=2)
+
+
+def test_expanded_tensors_are_refused_by_what_a_rank_holds() -> None:
+    """A model that no host could hold is fine where each rank has a part of it."""
+    entry = Entry(("m", "w"), "F32", (1 << 44,), "", Sharding((64,), tuple(range(64)), (Cut(0, 0),)))
+    assert plan_local([entry], {"m": {"w": 0}}, rank=5, world=64).data_nbytes == 1 << 40
+    with pytest.raises(UnsupportedValueError, match="expanded"):
+        plan_local([entry._replace(placing=UNDECLARED)], {"m": {"w": 0}}, rank=5, world=64)
+
+
 def test_float4_that_is_cut_within_bytes() -> None:
     """Torch counts its last dimension in bytes, the file in elements: the cuts would differ."""
     cut = Entry(("m", "t"), "F4", (4, 6), "", Sharding((2,), (0, 1), (Cut(0, 1),)))
