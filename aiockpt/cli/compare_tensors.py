@@ -12,6 +12,10 @@ import torch
 from aiockpt.cli.compare import Difference, Pair
 from aiockpt.cli.contents import form_of, nbytes_of_entry, place_of
 from aiockpt.format.image import BLOCK_NBYTES
+from aiockpt.format.names import MANIFEST_NAME
+from aiockpt.format.ranks import is_cut
+from aiockpt.restoring.checkpoint_view import CheckpointView
+from aiockpt.restoring.load import read_entry
 from aiockpt.storage.readers import AlignedBuffer, OpenCheckpoint
 
 __all__ = ["Reader", "difference"]
@@ -23,7 +27,10 @@ _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 class Reader:
-    """Reads a checkpoint's tensors front to back; holds one block, and verifies each before its bytes are used."""
+    """Reads a checkpoint's tensors front to back; holds one block, and verifies each before its bytes are used.
+
+    Of a tensor that is cut over the files of several ranks it holds the whole.
+    """
 
     def __init__(self, checkpoint: OpenCheckpoint) -> None:
         self.checkpoint = checkpoint
@@ -33,14 +40,30 @@ class Reader:
         self._buffer = AlignedBuffer(BLOCK_NBYTES)
         self._at: tuple[int, int] | None = None
         self._block = memoryview(b"")
+        self._held = -1, self.bytes
 
-    def read(self, file: int, start: int, stop: int) -> None:
-        """Read ``[start, stop)`` of a file, at most ``_PART_NBYTES``.
+    def read(self, entry: int, start: int, stop: int) -> None:
+        """Read ``[start, stop)`` of the bytes of a tensor, at most ``_PART_NBYTES``.
 
         Raises:
             CheckpointCorruptError: The bytes are not those that were written.
             StorageError: They cannot be read.
         """
+        if is_cut(self.checkpoint.manifest.plan, entry):
+            self.bytes[: stop - start] = self._assembled(entry)[start:stop]
+        else:
+            file, begin, _ = place_of(self.checkpoint, entry)
+            self._read(file, begin + start, begin + stop)
+
+    def _assembled(self, entry: int) -> torch.Tensor:
+        number, data = self._held
+        if number != entry:
+            view = CheckpointView(self.checkpoint.manifest, f"{self.checkpoint.path}/{MANIFEST_NAME}")
+            data = read_entry(self.checkpoint, view, entry).reshape(-1).view(torch.uint8)
+            self._held = entry, data
+        return data
+
+    def _read(self, file: int, start: int, stop: int) -> None:
         reader = self.checkpoint.file(file)
         header = reader.header()
         position = start
@@ -125,13 +148,11 @@ def difference(
     name, shape = form_of(a.checkpoint.manifest, pair.a)
     dtype: torch.dtype = getattr(torch, name)
     nbytes = nbytes_of_entry(a.checkpoint.manifest, pair.a)
-    file_a, start_a, _ = place_of(a.checkpoint, pair.a)
-    file_b, start_b, _ = place_of(b.checkpoint, pair.b)
     sums = _Sums()
     for start in range(0, nbytes, _PART_NBYTES):
         count = min(_PART_NBYTES, nbytes - start)
-        other = pool.submit(b.read, file_b, start_b + start, start_b + start + count)
-        a.read(file_a, start_a + start, start_a + start + count)
+        other = pool.submit(b.read, pair.b, start, start + count)
+        a.read(pair.a, start, start + count)
         other.result()
         sums.add(a.bytes[:count], b.bytes[:count], dtype)
         if advance is not None:

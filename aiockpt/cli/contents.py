@@ -10,9 +10,10 @@ from aiockpt.errors import CheckpointCorruptError
 from aiockpt.format.dtypes import nbytes_of
 from aiockpt.format.manifest import Manifest
 from aiockpt.format.names import MANIFEST_NAME, Segments, dotted
+from aiockpt.format.ranks import is_cut, manifest_for
 from aiockpt.format.tree import Node, value_number, walk
 from aiockpt.restoring.selection import Selection
-from aiockpt.storage.readers import OpenCheckpoint
+from aiockpt.storage.readers import OpenCheckpoint, open_checkpoint
 
 __all__ = [
     "Tensor",
@@ -20,6 +21,7 @@ __all__ = [
     "form_of",
     "leaves_of",
     "nbytes_of_entry",
+    "open_of_rank_0",
     "place_of",
     "refuse_idle",
     "tensors_of",
@@ -62,9 +64,9 @@ class Tensor(msgspec.Struct, frozen=True, kw_only=True):
     shape: tuple[int, ...]
     nbytes: int
     file: str
-    """Relative to the checkpoint."""
+    """Relative to the checkpoint. A tensor that is cut over the files of several ranks begins there."""
     start: int
-    """Where it lies in the file, ``[start, stop)`` in bytes."""
+    """Where it, or its first part, lies in the file, ``[start, stop)`` in bytes."""
     stop: int
     same_as: str | None
     """The name under which the same bytes stand already, as for tied weights."""
@@ -76,6 +78,18 @@ class Value(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     value: Any
     """As the file format encodes it."""
+
+
+def open_of_rank_0(path: str) -> OpenCheckpoint:
+    """Open a checkpoint as ``open_checkpoint``; where each rank has something for itself it shows that of rank 0."""
+    checkpoint = open_checkpoint(path)
+    try:
+        if checkpoint.manifest.own_plans:
+            checkpoint.manifest = manifest_for(checkpoint.manifest, 0)
+    except BaseException:
+        checkpoint.close()
+        raise
+    return checkpoint
 
 
 def leaves_of(manifest: Manifest, names: Selection) -> list[tuple[Segments, Node]]:
@@ -134,7 +148,7 @@ def tensors_of(checkpoint: OpenCheckpoint, names: Selection) -> list[Tensor]:
             kind=kind,
             dtype=dtype,
             shape=shape,
-            nbytes=stop - start,
+            nbytes=nbytes_of_entry(manifest, entry),
             file=manifest.files[file].path,
             start=start,
             stop=stop,
@@ -155,7 +169,7 @@ def values_of(manifest: Manifest, names: Selection) -> list[Value]:
 
 
 def place_of(checkpoint: OpenCheckpoint, entry: int) -> tuple[int, int, int]:
-    """Return (number of the file, start, stop) of an entry. Reads the header of the file.
+    """Return (number of the file, start, stop) of an entry, or of its first part. Reads the header of the file.
 
     Raises:
         CheckpointCorruptError: It is not the one that was written, or says something else than the manifest.
@@ -165,7 +179,7 @@ def place_of(checkpoint: OpenCheckpoint, entry: int) -> tuple[int, int, int]:
     index = plan.entry_files[entry]
     code, shape, _ = plan.classes[plan.entry_classes[entry]]
     stored = checkpoint.header(index).tensors.get(plan.names[entry])
-    if stored is None or stored.dtype != code or stored.shape != tuple(shape):
+    if stored is None or stored.dtype != code or (stored.shape != tuple(shape) and not is_cut(plan, entry)):
         path = checkpoint.manifest.files[index].path
         raise CheckpointCorruptError(
             f"{checkpoint.path} contradicts itself",

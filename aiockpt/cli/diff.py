@@ -10,12 +10,12 @@ from contextlib import nullcontext
 import msgspec
 
 from aiockpt.cli.compare import Comparison, Difference, Form, FormChange, ValueChange, compare
-from aiockpt.cli.contents import nbytes_of_entry, place_of, refuse_idle
+from aiockpt.cli.contents import nbytes_of_entry, open_of_rank_0, place_of, refuse_idle
 from aiockpt.cli.diff_screen import show
 from aiockpt.cli.listing import find, read_listing, readable
 from aiockpt.cli.screen import console, print_json, reading_bar
 from aiockpt.restoring.selection import Selection
-from aiockpt.storage.readers import OpenCheckpoint, open_checkpoint
+from aiockpt.storage.readers import OpenCheckpoint
 
 __all__ = ["Report", "run"]
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     names = Selection(args.tensors)
     listing = read_listing(args.run)
     entries = [readable(find(listing, step)) for step in (args.a, args.b)]
-    with open_checkpoint(entries[0].path) as a, open_checkpoint(entries[1].path) as b:
+    with open_of_rank_0(entries[0].path) as a, open_of_rank_0(entries[1].path) as b:
         refuse_idle(names, a.manifest, b.manifest)
         comparison = compare(a.manifest, b.manifest, names)
         total = 2 * sum(nbytes_of_entry(a.manifest, pair.a) for pair in comparison.pairs)

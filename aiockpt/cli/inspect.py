@@ -8,13 +8,13 @@ from typing import Any
 
 import msgspec
 
-from aiockpt.cli.contents import Tensor, Value, refuse_idle, tensors_of, values_of
+from aiockpt.cli.contents import Tensor, Value, open_of_rank_0, refuse_idle, tensors_of, values_of
 from aiockpt.cli.inspect_screen import show_tensors, show_tree
 from aiockpt.cli.listing import find, newest, read_target, readable
 from aiockpt.cli.screen import console, print_json
 from aiockpt.errors import ConfigError
 from aiockpt.restoring.selection import Selection
-from aiockpt.storage.readers import OpenCheckpoint, open_checkpoint
+from aiockpt.storage.readers import OpenCheckpoint
 
 __all__ = ["File", "Inspection", "run"]
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     names = Selection(args.tensors)
     listing = read_target(args.run)
     entry = readable(newest(listing) if args.step is None else find(listing, args.step))
-    with open_checkpoint(entry.path) as checkpoint:
+    with open_of_rank_0(entry.path) as checkpoint:
         refuse_idle(names, checkpoint.manifest)
         if screen is None:
             print_json(_inspection(checkpoint, names))

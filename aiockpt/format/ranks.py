@@ -10,9 +10,10 @@ import msgspec
 
 from aiockpt.format.manifest import Manifest, Plan
 from aiockpt.format.names import Segments
+from aiockpt.format.placings import ShardingRecord
 from aiockpt.format.tree import OWN, Node, fill_places, renumber
 
-__all__ = ["RankView", "manifest_for", "plan_for"]
+__all__ = ["RankView", "is_cut", "manifest_for", "plan_for"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,12 @@ def plan_for(manifest: Manifest, rank: int) -> RankView:
         fields |= _joined_columns(plan, own, files)
         values = [*values, *manifest.rank_values[rank]]
     return RankView(Plan(**fields), values, missing)
+
+
+def is_cut(plan: Plan, entry: int) -> bool:
+    """Tell whether a tensor is cut over the files of several ranks."""
+    record = plan.placings[plan.entry_placings[entry]] if plan.entry_placings else None
+    return isinstance(record, ShardingRecord) and bool(record.cuts)
 
 
 def manifest_for(manifest: Manifest, rank: int) -> Manifest:

@@ -10,8 +10,7 @@ from typing import NamedTuple
 from aiockpt.errors import CheckpointCorruptError
 from aiockpt.format.image import BLOCK_NBYTES
 from aiockpt.format.names import MANIFEST_NAME
-from aiockpt.format.placings import ShardingRecord
-from aiockpt.format.ranks import plan_for
+from aiockpt.format.ranks import is_cut, plan_for
 from aiockpt.storage.readers import AlignedBuffer, OpenCheckpoint
 
 __all__ = ["Span", "VerifiedBytes"]
@@ -44,9 +43,7 @@ class VerifiedBytes:
 
     def is_cut(self, entry: int) -> bool:
         """Tell whether a tensor is cut over the files of several ranks."""
-        placings = self._plan.entry_placings
-        record = self._plan.placings[placings[entry]] if placings else None
-        return isinstance(record, ShardingRecord) and bool(record.cuts)
+        return is_cut(self._plan, entry)
 
     def content(self, entry: int) -> Iterator[memoryview]:
         """Yield the bytes of a tensor in order; one that is cut is held in memory meanwhile. Errors as of ``pieces``.
