@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from aiockpt.restoring.checkpoint_view import CheckpointView
 from aiockpt.restoring.destinations import Bounce, Destination, destination_for
 from aiockpt.restoring.regions import region_of
 from aiockpt.restoring.sources import Sources
-from aiockpt.storage.readers import AlignedBuffer, OpenCheckpoint
+from aiockpt.storage.readers import OPEN_AT_ONCE, AlignedBuffer, OpenCheckpoint
 
 __all__ = ["READ_THREADS", "Reading", "never"]
 
@@ -127,6 +128,10 @@ class Reading:
         if crew.asked_to_stop:
             raise RestoreError("the restore was cancelled", why="its caller asked for it", next="restore again")
 
+    def close_file(self, file: int) -> None:
+        """Close a file that no thread reads any more."""
+        self._checkpoint.close_file(file, keep_header=True)
+
     def read_block(self, block: _Block, buffer: AlignedBuffer) -> AlignedBuffer:
         """Read and verify one block; returns the buffer that has it, another one where the given was too small."""
         reader = self._checkpoint.file(block.file)
@@ -171,6 +176,7 @@ class _Crew:
         self._blocks = iter(blocks)
         self._should_stop = should_stop
         self._lock = threading.Lock()
+        self._left = Counter(block.file for block in blocks)
 
     def work(self, *, device: torch.device | None) -> None:
         """Take blocks until there are none."""
@@ -191,9 +197,20 @@ class _Crew:
                 except BaseException as exc:  # noqa: BLE001  # raised by run(), in the thread that waits
                     with self._lock:
                         self.failures[block.file, block.number] = exc
+                self._done(block)
         finally:
             if bounce is not None:
                 bounce.close()
+
+    def _done(self, block: _Block) -> None:
+        """Close a file behind its last block, where there are many."""
+        if len(self._left) <= OPEN_AT_ONCE:
+            return
+        with self._lock:
+            self._left[block.file] -= 1
+            is_last = not self._left[block.file]
+        if is_last:
+            self._reading.close_file(block.file)
 
     def _next(self) -> _Block | None:
         with self._lock:

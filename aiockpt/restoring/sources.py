@@ -13,7 +13,7 @@ from aiockpt.planning.sharding import Chunk, Sharding
 from aiockpt.restoring.boxes import Box, Transfer, transfer, whole
 from aiockpt.restoring.checkpoint_view import CheckpointView, folder_of
 from aiockpt.restoring.regions import Region, boxes_of
-from aiockpt.storage.readers import OpenCheckpoint
+from aiockpt.storage.readers import OPEN_AT_ONCE, OpenCheckpoint
 
 __all__ = ["Read", "Sources"]
 
@@ -132,6 +132,8 @@ class Sources:
         header = self._headers.get(file)
         if header is None:
             header = self._headers[file] = self._checkpoint.header(file)
+            if len(self._headers) > OPEN_AT_ONCE:
+                self._checkpoint.close_file(file, keep_header=True)
         return header
 
     def _offsets_in(self, file: int, header: Header) -> dict[str, tuple[int, ...]]:

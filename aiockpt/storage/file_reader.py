@@ -38,7 +38,9 @@ class FileReader:
     Thread-safety: all methods but ``close`` may run in several threads, each with a buffer of its own.
     """
 
-    def __init__(self, fd: int, path: str, record: FileRecord, *, step: int, faults: Faults) -> None:
+    def __init__(
+        self, fd: int, path: str, record: FileRecord, *, step: int, faults: Faults, header: Header | None = None
+    ) -> None:
         self.path = path
         self.record = record
         self.buffered = not set_direct(fd, path, faults)
@@ -47,7 +49,7 @@ class FileReader:
         self._step = step
         self._faults = faults
         self._lock = threading.Lock()
-        self._header: Header | None = None
+        self._header = header
 
     @property
     def nbytes(self) -> int:

@@ -23,9 +23,9 @@ from aiockpt.storage.failures import NO_LOCKS, storage_error, storage_errors
 from aiockpt.storage.faults import NO_FAULTS, Faults
 from aiockpt.storage.file_reader import AlignedBuffer, FileReader
 
-__all__ = ["AlignedBuffer", "FileReader", "OpenCheckpoint", "open_checkpoint"]
+__all__ = ["OPEN_AT_ONCE", "AlignedBuffer", "FileReader", "OpenCheckpoint", "open_checkpoint"]
 
-_OPEN_AT_ONCE = 64
+OPEN_AT_ONCE = 64
 """Files; those beyond are opened when they are first read, so that a large checkpoint needs no large limit."""
 _LOCK_SECONDS = 10.0
 """Retention holds its lock for one rename."""
@@ -49,11 +49,14 @@ class OpenCheckpoint:
         self._step = parse_step(os.path.basename(path))
         self._fds: list[int] = []
         self._files: dict[int, FileReader] = {}
+        self._headers: dict[int, Header] = {}
+        """Of files that were closed meanwhile."""
         self._lock = threading.Lock()
 
     def header(self, index: int) -> Header:
         """Return the checked header of file ``index`` of the manifest; errors as ``FileReader.header``."""
-        return self.file(index).header()
+        header = self._headers.get(index)
+        return self.file(index).header() if header is None else header
 
     def file(self, index: int) -> FileReader:
         """Return the reader of file ``index`` of the manifest; it is closed with the checkpoint.
@@ -73,10 +76,18 @@ class OpenCheckpoint:
         path = f"{self.path}/{record.path}"
         with self._missing_is_damage(path):
             fd = os.open(record.path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fds[0])
-        return FileReader(fd, path, record, step=self.manifest.head.step, faults=self._faults)
+        header = self._headers.get(index)
+        return FileReader(fd, path, record, step=self.manifest.head.step, faults=self._faults, header=header)
 
-    def close_file(self, index: int) -> None:
-        """Close one file early, where there are many; ``file`` opens it again."""
+    def close_file(self, index: int, *, keep_header: bool = False) -> None:
+        """Close one file early, where there are many; ``file`` opens it again.
+
+        Args:
+            index: Of a file that no thread reads just now.
+            keep_header: Whether its header, which was read, is needed once more.
+        """
+        if keep_header:
+            self._headers[index] = self.header(index)
         with self._lock:
             reader = self._files.pop(index, None)
         if reader is not None:
@@ -145,7 +156,7 @@ class OpenCheckpoint:
         if found != record.nbytes:
             why = f"it has {found} bytes, the manifest says {record.nbytes}"
             self._refuse(path, why, min(found, record.nbytes), str(record.nbytes), str(found))
-        if record.data_start and len(self._files) < _OPEN_AT_ONCE:
+        if record.data_start and len(self._files) < OPEN_AT_ONCE:
             self.file(index)
 
     @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -217,3 +219,18 @@ def test_a_plan_that_lies_about_its_chunks_is_refused(tmp_path: Path) -> None:
         rewrite_manifest(directory, plan=changes)
         with pytest.raises(CheckpointCorruptError):
             load_checkpoint(directory)
+
+
+def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    """Files are closed behind their last block."""
+    world = 120
+    full = torch.arange(world * 3.0).reshape(world, 3)
+    write_ranks(tmp_path, [{"model": {"w": full}}] * world, by_dim(0, world))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    live = {"model": {"w": torch.zeros(world, 3)}}
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 80, hard))
+        restore(tmp_path, live)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert torch.equal(live["model"]["w"], full)

@@ -356,7 +356,7 @@ def test_a_lock_that_is_never_free(step: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_file_that_goes_away_with_its_checkpoint(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Removed by force while it is opened: not there, instead of damaged."""
-    monkeypatch.setattr(readers, "_OPEN_AT_ONCE", 0)
+    monkeypatch.setattr(readers, "OPEN_AT_ONCE", 0)
     with open_checkpoint(str(step)) as checkpoint:
         shutil.rmtree(step)
         with pytest.raises(StepNotFoundError):
