@@ -17,6 +17,7 @@ from aiockpt.restoring.regions import local_memory
 from aiockpt.state.modules import raw_state_dict
 from aiockpt.state.objects import load_object
 from aiockpt.state.rng import RNG
+from aiockpt.state.sharded import is_sharded
 
 __all__ = ["MIXED", "apply_steps", "bump_versions"]
 
@@ -58,8 +59,8 @@ def apply_steps(steps: Iterable[Step]) -> tuple[list[str], list[str]]:
 
 def bump_versions(tensors: Iterable[torch.Tensor]) -> None:
     """Tell autograd that tensors were overwritten, so that a graph from before refuses its backward pass."""
-    both = ((tensor, local_memory(tensor)) for tensor in tensors)  # a DTensor and its local one count apart
-    counted = [tensor for pair in both for tensor in dict.fromkeys(pair) if not tensor.is_inference()]
+    counted = [tensor for tensor in tensors if not tensor.is_inference()]
+    counted += [local_memory(tensor) for tensor in counted if is_sharded(tensor)]  # which counts apart
     torch.autograd.graph.increment_version(counted)
 
 

@@ -37,6 +37,8 @@ class Transfer(NamedTuple):
     @property
     def stop(self) -> int:
         """Return where the last run ends in the source."""
+        if not self.counts:
+            return self.source + self.nbytes
         steps = zip(self.counts, self.source_strides, strict=True)
         return self.source + sum((count - 1) * stride for count, stride in steps) + self.nbytes
 
@@ -94,12 +96,15 @@ def cut(part: Transfer, start: int, stop: int) -> Iterator[Transfer]:
     """Yield what of a transfer has its source in ``[start, stop)``: few transfers, however many runs there are."""
     if start <= part.source and part.stop <= stop:
         yield part
-        return
-    if not part.counts:
+    elif part.counts:
+        yield from _cut_runs(part, start, stop)
+    else:
         low, high = max(start, part.source), min(stop, part.source + part.nbytes)
         if low < high:
             yield Transfer(low, part.target + low - part.source, high - low)
-        return
+
+
+def _cut_runs(part: Transfer, start: int, stop: int) -> Iterator[Transfer]:
     stride, count = part.source_strides[0], part.counts[0]
     extent = _inner(part, 0).stop - part.source
     begin, end = start - part.source, stop - part.source

@@ -17,6 +17,7 @@ from aiockpt.restoring.destinations import unfit_memory
 from aiockpt.restoring.regions import local_memory, region_of
 from aiockpt.restoring.targets import Slot
 from aiockpt.state.modules import ModuleItems
+from aiockpt.state.sharded import is_sharded
 
 __all__ = ["Fresh", "LoadModule", "LoadObject", "LoadOptimizer", "Plan", "SetState", "SetValue", "Step"]
 
@@ -194,8 +195,7 @@ def _unfit(tensor: torch.Tensor) -> str | None:
 
 
 def _memory_key(tensor: torch.Tensor) -> Any:
-    tensor = local_memory(tensor)
-    if not tensor.numel():
+    if is_sharded(tensor) and not (tensor := local_memory(tensor)).numel():
         return "empty", id(tensor)
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device, tensor.is_conj()
 

@@ -152,7 +152,7 @@ class Reading:
             for index in range(first, last + 1):
                 block_start = header.data_start + index * size - start
                 found = [
-                    _Piece(destination, piece._replace(source=piece.source - block_start))
+                    _Piece(destination, Transfer(piece[0] - block_start, *piece[1:]))
                     for piece in cut(part, block_start, block_start + size)
                 ]
                 if found:
