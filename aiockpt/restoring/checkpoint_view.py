@@ -79,11 +79,11 @@ class CheckpointView:
         rooms = [record.nbytes - record.data_start if record.data_start else -1 for record in manifest.files]
         folder_rooms = self._folder_rooms() if self._sharded else {}
         for entry, (kind, number) in enumerate(zip(plan.entry_classes, plan.entry_files, strict=True)):
-            path = manifest.files[number].path
             room = rooms[number]
-            if room >= 0 and entry in self._sharded:
-                room = folder_rooms[folder_of(path)]
-            if sizes[kind] > room:
+            if sizes[kind] <= room:
+                continue
+            path = manifest.files[number].path
+            if room < 0 or entry not in self._sharded or sizes[kind] > folder_rooms[folder_of(path)]:
                 raise self.corrupt(f"{plan.names[entry]!r} of {sizes[kind]} bytes is not in {path}")
         self._shapes: dict[str, int] | None = None
         self._needed: set[int] = set()
