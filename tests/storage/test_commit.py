@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from aiockpt.storage.faults import NO_FAULTS, FaultPoint, Faults
 from aiockpt.storage.run_directory import Committed, scan
 from aiockpt.storage.verify import verify_checkpoint
 from aiockpt.testing.faults import ArmedFaults, FaultPlan, FaultRule
-from tests.storage.making import commit, content, content_of, make_attempt_files, opened, save_id
+from tests.storage.making import PLAIN, TENSORS, commit, content, content_of, make_attempt_files, opened, save_id
 from tests.storage.processes import killed
 
 BEFORE_RENAME = [
@@ -101,6 +102,38 @@ def test_a_commit(run_fd: int, tmp_path: Path) -> None:
     committed = commit(tmp_path, 8, number=2)
     assert committed == Committed(8, 1, 2, save_id(2), committed.nbytes, str(tmp_path / "step-8"))
     assert check_all(tmp_path) == {8: 2}
+
+
+def test_everything_is_durable_before_it_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files, then the manifest, then the directories that name them, then the rename, then the directory of that."""
+    _taken(tmp_path)
+    calls: list[tuple[str, ...]] = []
+
+    def named(path: str) -> str:
+        return path.replace(str(tmp_path), "run").replace(f".step-8.{save_id(2)}.0", "attempt")
+
+    def recorded(name: str) -> Callable[..., None]:
+        real = getattr(os, name)
+
+        def call(*arguments: Any, **options: Any) -> None:
+            paths = [named(os.readlink(f"/proc/self/fd/{a}") if isinstance(a, int) else a) for a in arguments]
+            real(*arguments, **options)
+            calls.append((name, *paths))
+
+        return call
+
+    for name in ("fdatasync", "fsync", "rename"):
+        monkeypatch.setattr(os, name, recorded(name))
+    commit(tmp_path, 8, number=2)
+    assert calls == [
+        ("fdatasync", f"run/attempt/{TENSORS}"),
+        ("fdatasync", f"run/attempt/{PLAIN}"),
+        ("fdatasync", "run/attempt/manifest.json"),
+        ("fsync", "run/attempt/model"),
+        ("fsync", "run/attempt"),
+        ("rename", "attempt", "step-8"),
+        ("fsync", "run"),
+    ]
 
 
 @pytest.mark.process

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -58,6 +59,26 @@ def test_size_and_bytes_are_exact(nbytes: int, directory: int, tmp_path: Path) -
     """The padding of the tail never reaches the file."""
     write(directory, nbytes)
     assert (tmp_path / "f").read_bytes() == content(1, nbytes)
+
+
+def test_direct_io_is_used_where_there_is_some(directory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every write passes the page cache by, the padded tail too."""
+    fd = os.open(tmp_path / "probe", os.O_RDWR | os.O_CREAT)
+    has_direct_io = set_direct(fd)
+    os.close(fd)
+    if not has_direct_io:
+        pytest.skip("this file system has no direct I/O")
+    flags: list[int] = []
+    real = os.pwrite
+
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        flags.append(fcntl.fcntl(fd, fcntl.F_GETFL))
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(direct.os, "pwrite", pwrite)
+    assert not write(directory, 5 * BLOCK + 13).buffered
+    assert len(flags) == 6
+    assert all(flag & os.O_DIRECT for flag in flags)
 
 
 def test_direct_io_refused_at_open(directory: int, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from aiockpt.errors import ConfigError, StorageError
 from aiockpt.format.manifest import FORMAT_VERSION
+from aiockpt.storage.claim import RunClaim
 from aiockpt.storage.run_directory import Committed, find_committed, highest_term, scan
 from tests.storage.making import opened, save_id, write_head
 
@@ -132,25 +133,28 @@ def test_looking_for_one(tmp_path: Path) -> None:
     os.close(fd)
 
 
-def _best_scan_seconds(path: Path, steps: int) -> float:
-    path.mkdir()
+def _best_seconds(path: Path, steps: int) -> float:
+    """Return how long it takes to open a warm run for writing, to the list of its checkpoints; the best of some."""
+    RunClaim.take(str(path), linger_timeout=1).release()
     for step in range(steps):
         write_head(path, step, ordinal=step)
     best = float("inf")
     for _ in range(4):
         begin = time.perf_counter()
-        assert len(scan(str(path)).checkpoints) == steps
+        claim = RunClaim.take(str(path), linger_timeout=1)
         best = min(best, time.perf_counter() - begin)
+        claim.release()
+        assert len(claim.checkpoints) == steps
     shutil.rmtree(path)  # not left for pytest, which keeps the last three
     return best
 
 
 @pytest.mark.timing
 def test_ten_thousand_steps(tmp_path: Path) -> None:
-    """A warm run of 10,000 steps is listed in under 0.5 s."""
-    assert _best_scan_seconds(tmp_path / "run", 10_000) < 0.5
+    """A warm run of 10,000 steps is opened in under 0.5 s."""
+    assert _best_seconds(tmp_path / "run", 10_000) < 0.5
 
 
 def test_a_thousand_steps(tmp_path: Path) -> None:
     """A tenth of it with ten times the slack, for a busy machine."""
-    assert _best_scan_seconds(tmp_path / "run", 1_000) < 0.5
+    assert _best_seconds(tmp_path / "run", 1_000) < 0.5
