@@ -83,7 +83,11 @@ class Coordinator:
         """Take the run and start the worker."""
         self.check_process()
         if self._loop is not None:
-            raise UsageError("the checkpointer was opened twice", next="make a new Checkpointer for another opening")
+            raise UsageError(
+                "the checkpointer was opened twice",
+                why="it is open, or was closed",
+                next="make a new Checkpointer for another opening",
+            )
         check_system()
         self._loop = LoopThread("aiockpt-coordinator")
         self._stager = Stager(

@@ -57,6 +57,8 @@ class Saves:
         self.tally = tally or Tally()
         self._faults = faults
         self._link: Link | None = None
+        self._freed = ""
+        """The save that was committed last; the worker need not say that its slot is free."""
         self._limiter = anyio.CapacityLimiter(1)
         self.checkpoints: dict[int, Known] = {known.step: known for known in claim.checkpoints}
         """Committed ones by step, newest first; replaced as a whole, so that any thread may read it."""
@@ -159,7 +161,8 @@ class Saves:
             return
         save = self._desk.find(getattr(message, "save_id", ""))
         if save is None:
-            self.tally.count("dropped_answers")
+            if not (isinstance(message, SlotFree) and message.save_id == self._freed):
+                self.tally.count("dropped_answers")
             return
         _check_answer(message, save)
         match message:
@@ -315,10 +318,14 @@ class Saves:
         save.work_span.complete()
         save.span.complete(nbytes=nbytes, path=path)
         save.settle_staged(None)
+        # Before anybody hears of it: who awaits a save, and then saves, finds the slot free. What is published is not
+        # read again; the worker's own word on that is under way.
+        save.with_worker = False
+        self._freed = save.save_id
+        self._maybe_free(save)
         save.outcome.set_result(result)
         save.handed_over()
         self._desk.remove(save)
-        self._maybe_free(save)
 
     def _finish(self, save: SaveRecord, error: BaseException) -> None:
         if save.is_final:

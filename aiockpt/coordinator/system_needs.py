@@ -25,7 +25,11 @@ def check_system() -> None:
         ConfigError: Names the call and what the kernel said.
     """
     if not hasattr(os, "memfd_create") or not hasattr(os, "pidfd_open"):
-        raise ConfigError("aiockpt runs on Linux only", why="it needs memfd_create and pidfd_open")
+        raise ConfigError(
+            "aiockpt runs on Linux only",
+            why="it needs memfd_create and pidfd_open",
+            next="save on a Linux machine; what was saved can be read anywhere",
+        )
     own = -1
     call = "pidfd_open"
     try:

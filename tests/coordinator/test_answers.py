@@ -53,6 +53,19 @@ def test_the_slot_is_held_until_the_outcome(stage: Stage) -> None:
     assert stage.desk.holder is None
 
 
+def test_the_slot_is_free_when_a_commit_is_told(stage: Stage) -> None:
+    """Who awaits a save and then saves with ``when_busy="raise"`` is not refused."""
+    save = staged(stage)
+    holders: list[object] = []
+    save.outcome.add_done_callback(lambda _: holders.append(stage.desk.holder))
+    stage.coordinator.worker_says(committed(save), [])
+    assert holders == [None]
+    stage.coordinator.worker_says(SlotFree(save_id=save.save_id), [])
+    assert stage.saves.tally.counts["dropped_answers"] == 0
+    stage.coordinator.worker_says(committed(save), [])
+    assert stage.saves.tally.counts["dropped_answers"] == 1
+
+
 def test_a_commit_of_what_was_not_staged_is_no_answer(stage: Stage) -> None:
     """Nobody said that its bytes are the snapshot: the worker is replaced, and the save goes on."""
     save = begun(stage)

@@ -85,8 +85,14 @@ class Play(RuleBasedStateMachine):
         save_id = getattr(message, "save_id", "")
         holder = self.stage.desk.holder
         is_holders = isinstance(holder, SaveRecord) and holder.save_id == save_id
-        if self.stage.desk.find(save_id) is None and not (is_holders and isinstance(message, SlotFree)):
+        is_expected = isinstance(message, SlotFree) and (is_holders or save_id == self.last_committed)
+        if self.stage.desk.find(save_id) is None and not is_expected:
             self.dropped += 1
+
+    @property
+    def last_committed(self) -> str:
+        """The save of which nobody needs to hear that its slot is free."""
+        return next((save.save_id for save in reversed(self.records) if save.state is SaveState.COMMITTED), "")
 
     def take(self) -> None:
         if self.stage.worker is not None and self.stage.worker.inbox:
@@ -347,7 +353,7 @@ class Conversation(Play):
         holder = self.stage.desk.holder
         is_holders = isinstance(holder, SaveRecord) and holder.save_id == message.save_id  # type: ignore[union-attr]
         if self.stage.worker is not None and self.stage.desk.find(message.save_id) is None and not is_holders:  # type: ignore[union-attr]
-            self.dropped += 1
+            self.count_if_closed(message)
             self.stage.coordinator.worker_says(message, [])
 
     @invariant()
