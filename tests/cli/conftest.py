@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,9 +52,16 @@ class Model(nn.Module):
 
 
 @pytest.fixture(scope="session")
-def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with steps 100 and 200 of a model and its optimizer; nobody changes it."""
-    run = tmp_path_factory.mktemp("trained") / "run"
+def trained_run() -> Iterator[Path]:
+    """A run with steps 100 and 200 of a model and its optimizer; nobody changes it.
+
+    Its path is short, wherever the tests run: it stands on screens of 80 columns.
+    """
+    with tempfile.TemporaryDirectory(prefix="aiockpt-") as directory:
+        yield _trained(Path(directory, "run"))
+
+
+def _trained(run: Path) -> Path:
     torch.manual_seed(0)
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.001)

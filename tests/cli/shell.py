@@ -23,14 +23,16 @@ import fcntl, signal, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C becomes a signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 """
-_COLOURS = ("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "COLUMNS", "LINES")
+_HOW_TO_DRAW = ("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "COLUMNS", "LINES")
 
 
 def command(
     *arguments: str | Path, code: str = "", seconds: float = SECONDS, path: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run ``aiockpt`` with these arguments, after ``code``, with ``path`` in front of what can be imported."""
-    environment = os.environ if path is None else {**os.environ, "PYTHONPATH": f"{path}:{os.getcwd()}"}
+    environment = _environment()
+    if path is not None:
+        environment["PYTHONPATH"] = f"{path}:{os.getcwd()}"
     return subprocess.run(
         [sys.executable, "-c", _PROGRAM.format(code=code), *map(str, arguments)],
         capture_output=True,
@@ -38,6 +40,11 @@ def command(
         timeout=seconds,
         env=environment,
     )
+
+
+def _environment() -> dict[str, str]:
+    """Return ours without what says how to draw: the workers of a parallel test run have COLUMNS."""
+    return {name: value for name, value in os.environ.items() if name not in _HOW_TO_DRAW}
 
 
 class Terminal:
@@ -60,14 +67,13 @@ class Terminal:
         self._stream = pyte.ByteStream(self.screen)
         self._ours, theirs = pty.openpty()
         termios.tcsetwinsize(theirs, (rows, columns))
-        inherited = {name: value for name, value in os.environ.items() if name not in _COLOURS}
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _PROGRAM.format(code=_ON_A_TERMINAL + code), *map(str, arguments)],
                 stdin=theirs,
                 stdout=theirs,
                 stderr=theirs,
-                env={**inherited, "TERM": "xterm-256color", **environment},
+                env={**_environment(), "TERM": "xterm-256color", **environment},
                 start_new_session=True,
             )
         finally:
