@@ -77,7 +77,12 @@ def as_exception(error: WireError, save: SaveRecord) -> BaseException:
 
 def cancelled(save: SaveRecord) -> SaveCancelledError:
     """The outcome of ``Save.cancel()``."""
-    return SaveCancelledError(f"the save of step {save.step} was cancelled", step=save.step)
+    return SaveCancelledError(
+        f"the save of step {save.step} was cancelled",
+        why="cancel() was called before it was committed",
+        next="the checkpoint before it stands; save again where this one is needed",
+        step=save.step,
+    )
 
 
 def abandoned(save: SaveRecord, why: str) -> SaveCancelledError:

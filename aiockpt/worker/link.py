@@ -84,12 +84,20 @@ class Link:
         self._fds.extend(fds)
         items = [(message, self._claim(getattr(message, "fds", 0))) for message in self._decoder.feed(data)]
         if len(self._fds) > _MAX_FDS:
-            raise ProtocolError("descriptors arrived that no frame claims")
+            raise ProtocolError(
+                "descriptors arrived that no frame claims",
+                why=f"more than {_MAX_FDS} wait",
+                next="the connection is dropped and the worker replaced",
+            )
         return items
 
     def _claim(self, count: int) -> list[int]:
         if not 0 <= count <= len(self._fds):
-            raise ProtocolError(f"a frame claims {count} descriptors, {len(self._fds)} arrived")
+            raise ProtocolError(
+                f"a frame claims {count} descriptors, {len(self._fds)} arrived",
+                why="a descriptor comes with the first byte of its frame, or not at all",
+                next="the connection is dropped and the worker replaced",
+            )
         return [self._fds.popleft() for _ in range(count)]
 
     # ---- out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 import threading
@@ -111,3 +112,15 @@ class Fails(Faults):
 
     def __init__(self, text: str) -> None:
         raise OSError(errno.EIO, "no fault layer today")
+
+
+class Mad(Faults):
+    """Says what nobody understands, in the middle of a save."""
+
+    def __init__(self, text: str) -> None:
+        self._left = 1
+
+    def at(self, point: FaultPoint, path: str = "") -> None:
+        if point is FaultPoint.WORKER_BLOCK_WRITE and self._left:
+            self._left -= 1
+            os.write(int(sys.argv[1]), b"\x04\x00\x00\x00what")  # the worker's end of the socket
