@@ -23,6 +23,8 @@ OPTIMIZERS: dict[str, Make] = {
     "sgd momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
     "sgd momentum foreach": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, foreach=True),
     "sgd momentum fused": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-2),
+    "muon": lambda p: torch.optim.Muon([q for q in p if q.ndim == 2]),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
     "adadelta": lambda p: torch.optim.Adadelta(p),
     "adamax": lambda p: torch.optim.Adamax(p),
@@ -97,6 +99,27 @@ def test_a_step_waits_for_its_copies(rig: Rig, name: str) -> None:
     model = make_model()
     optimizer = OPTIMIZERS[name](list(model.parameters()))
     check_guarded(rig, {"model": model, "optimizer": optimizer}, lambda: train(model, optimizer))
+
+
+def test_sparse_adam_waits_too(rig: Rig) -> None:
+    """Its gradients are sparse, its parameters and state are not."""
+    embedding = nn.Embedding(200, 8, sparse=True)
+    optimizer = torch.optim.SparseAdam(embedding.parameters(), lr=1e-2)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        embedding(torch.arange(50)).square().sum().backward()
+        optimizer.step()
+
+    check_guarded(rig, {"model": embedding, "optimizer": optimizer}, step)
+
+
+def test_every_optimizer_of_torch_is_tried() -> None:
+    """One that torch adds has to be put into the table; the hook is torch's, but a class may step around it."""
+    parameters = list(make_model().parameters())
+    tried = {type(make(parameters)) for make in OPTIMIZERS.values()} | {torch.optim.SparseAdam}
+    named = {getattr(torch.optim, name) for name in torch.optim.__all__}
+    assert {kind for kind in named if isinstance(kind, type)} - {torch.optim.Optimizer} == tried
 
 
 @pytest.mark.filterwarnings("ignore")
