@@ -299,12 +299,13 @@ class Saving:
             return True
         holder = self._desk.holder
         busy_step = holder.step if isinstance(holder, SaveRecord) else None
+        busy = "prepare()" if busy_step is None else f"the save of step {busy_step}"
         if when_busy == "skip":
             return False
         if when_busy == "raise":
             raise SaveBusyError(
                 f"step {record.step} was not saved: the slot is taken",
-                why=f"the save of step {busy_step} is not finished",
+                why=f"{busy} is not finished",
                 next='await ckpt.wait_ready() first, save less often, or use when_busy="wait"',
                 step=record.step,
                 busy_step=busy_step,
@@ -315,16 +316,16 @@ class Saving:
                 patience=PATIENCE_SECONDS,
                 timeout=record.timeout,
                 on_slow=lambda: _log.warning(
-                    "save(%d) holds its thread: the save of step %s is still being written\n"
+                    "save(%d) holds its thread: %s is not finished\n"
                     'next: save less often, await ckpt.wait_ready() before, or use when_busy="skip"',
                     record.step,
-                    busy_step,
+                    busy,
                 ),
             )
         if not is_mine:
             raise SaveBusyError(
                 f"step {record.step} was not saved: no slot became free within {record.timeout:g} s",
-                why=f"the save of step {busy_step} is not finished",
+                why=f"{busy} is not finished",
                 next="give it a longer timeout, or save less often",
                 step=record.step,
                 busy_step=busy_step,

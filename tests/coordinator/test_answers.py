@@ -6,7 +6,7 @@ import anyio
 import pytest
 
 from aiockpt.coordinator.save_record import SaveRecord
-from aiockpt.errors import ProtocolError, SaveCancelledError, StorageError, WorkerExitedError
+from aiockpt.errors import ProtocolError, SaveBusyError, SaveCancelledError, StorageError, WorkerExitedError
 from aiockpt.protocol.lifecycle import SaveState
 from aiockpt.protocol.messages import Committed, Failed, Message, SlotFree, WireError
 from tests.coordinator.scripted import Stage
@@ -64,6 +64,18 @@ def test_the_slot_is_free_when_a_commit_is_told(stage: Stage) -> None:
     assert stage.saves.tally.counts["dropped_answers"] == 0
     stage.coordinator.worker_says(committed(save), [])
     assert stage.saves.tally.counts["dropped_answers"] == 1
+
+
+def test_who_has_the_slot_is_named(stage: Stage) -> None:
+    """The step of a save, or prepare."""
+    save = begun(stage)
+    with pytest.raises(SaveBusyError, match="the save of step 1 is not finished"):
+        stage.saving.save(2, {}, timeout=None, when_busy="raise", overwrite=False, metadata=None)
+    other = Stage()
+    assert other.desk.take_slot(object())
+    with pytest.raises(SaveBusyError, match=r"prepare\(\) is not finished"):
+        other.saving.save(2, {}, timeout=None, when_busy="raise", overwrite=False, metadata=None)
+    assert stage.desk.holder is save
 
 
 def test_a_commit_of_what_was_not_staged_is_no_answer(stage: Stage) -> None:
