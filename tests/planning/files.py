@@ -1,17 +1,19 @@
-"""What a stager and a worker make of a plan: the slot, then the files."""
+"""Small plans, and what a stager and a worker make of them: the slot, then the files."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import xxhash
 
 from aiockpt.format.image import BLOCK_NBYTES, fill_sums
+from aiockpt.format.manifest import Plan
 from aiockpt.format.tree import Node
-from aiockpt.planning.local import Entry, LocalPlan
+from aiockpt.planning.local import Entry, LocalPlan, plan_local
 
-__all__ = ["arena_of", "files_of", "tree_of"]
+__all__ = ["arena_of", "body_of", "files_of", "plan_of", "tree_of"]
 
 
 def tree_of(entries: Sequence[Entry]) -> Node:
@@ -48,3 +50,15 @@ def files_of(plan: LocalPlan, arena: bytes) -> dict[str, bytes]:
             content[: image.data_start] = header
         files[image.path] = bytes(content)
     return files
+
+
+def plan_of(*paths: str, **options: Any) -> LocalPlan:
+    """Return the plan of small tensors at slash-separated paths."""
+    entries = [Entry(tuple(path.split("/")), "F32", (2,)) for path in paths]
+    return plan_local(entries, tree_of(entries), **options)
+
+
+def body_of(plan: LocalPlan) -> Plan:
+    body = dict(plan.texts)[plan.body_offset]
+    assert len(body) == plan.body_nbytes
+    return msgspec.json.decode(body, type=Plan)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,25 +14,12 @@ from hypothesis import strategies as st
 from aiockpt.errors import UnsupportedValueError
 from aiockpt.format.dtypes import BITS, nbytes_of
 from aiockpt.format.image import ALIGN, parse_header
-from aiockpt.format.manifest import FileRecord, Head, Plan, decode_manifest, encode_manifest
-from aiockpt.format.names import file_name, sort_key
+from aiockpt.format.manifest import FileRecord, Head, decode_manifest, encode_manifest
 from aiockpt.format.tree import Node, walk
-from aiockpt.planning.local import MAX_NAME_LENGTH, Entry, LocalPlan, PlanCache, plan_local
-from tests.planning.files import arena_of, files_of, tree_of
+from aiockpt.planning.local import Entry, plan_local
+from tests.planning.files import arena_of, body_of, files_of, plan_of, tree_of
 
 safetensors = pytest.importorskip("safetensors", reason="safetensors is not installed")
-
-
-def plan_of(*paths: str, **options: Any) -> LocalPlan:
-    """Return the plan of small tensors at slash-separated paths."""
-    entries = [Entry(tuple(path.split("/")), "F32", (2,)) for path in paths]
-    return plan_local(entries, tree_of(entries), **options)
-
-
-def body_of(plan: LocalPlan) -> Plan:
-    body = dict(plan.texts)[plan.body_offset]
-    assert len(body) == plan.body_nbytes
-    return msgspec.json.decode(body, type=Plan)
 
 
 SEGMENTS = st.text(st.characters(codec="utf-8"), max_size=4) | st.sampled_from(["model", "state", "0", "a.b", "a", "b"])
@@ -125,122 +110,6 @@ def test_safetensors_and_manifest_find_everything(entries: list[Entry], per_file
                 for found in read[f"{folder}/{file}"].values()
             )
             assert index["metadata"]["total_size"] == total
-
-
-def test_a_folder_for_each_top_level_key() -> None:
-    """Each mapping at the top has its folder, with an index that others need even for one file."""
-    plan = plan_of("model/layers.0/weight", "model/bias", "optimizer/state/bias/exp_avg")
-    assert [image.path for image in plan.files] == [
-        "model/model-00001-of-00001.safetensors",
-        "model/model.safetensors.index.json",
-        "optimizer/model-00001-of-00001.safetensors",
-        "optimizer/model.safetensors.index.json",
-    ]
-    assert body_of(plan).names == ["bias", "layers.0.weight", "state.bias.exp_avg"]
-
-
-def test_tensors_at_the_very_top() -> None:
-    """They have no key for a folder, and stand under ``state`` by their own names."""
-    plan = plan_of("ema", "model/weight", "running.mean")
-    assert {image.path.partition("/")[0] for image in plan.files} == {"model", "state"}
-    assert sorted(body_of(plan).names) == ["ema", "running.mean", "weight"]
-
-
-@pytest.mark.parametrize("clash", ["state/weight", "state/state"])
-def test_folder_of_the_top_where_state_is_a_key(clash: str) -> None:
-    """Then it has a name that is the name of no key."""
-    plan = plan_of("ema", clash)
-    assert {image.path.partition("/")[0] for image in plan.files} == {"state", "%state"}
-    assert plan.files[plan.entry_files[0]].path.startswith("%state/")
-    assert file_name("%state") == "%25state"
-
-
-def test_a_tensor_with_the_name_of_the_folder_of_the_top() -> None:
-    """A tensor named ``state`` at the top is no folder."""
-    plan = plan_of("state")
-    assert {image.path.partition("/")[0] for image in plan.files} == {"state"}
-    assert body_of(plan).names == ["state"]
-
-
-def test_keys_that_are_no_file_names() -> None:
-    """Folders are safe, distinct and below the checkpoint; the tree has the real keys."""
-    keys = ["..", ".", "a/b", "a%2Fb", "", "manifest.json", "x" * 300, "ü"]
-    entries = [Entry((key, "w"), "U8", (1,)) for key in keys]
-    plan = plan_local(entries, tree_of(entries))
-    folders = [plan.files[i].path.partition("/")[0] for i in plan.entry_files]
-    assert len(set(folders)) == len(keys)
-    assert all(image.path.count("/") == 1 and not image.path.startswith(".") for image in plan.files)
-    assert list(body_of(plan).tree) == keys
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        (("m", "a.b"), ("m", "a", "b")),
-        (("m.a", "b"), ("m", "a.b")),
-        (("m", "", "b"), ("m", ".b")),
-        (("a", "b"), ("a.b",)),
-    ],
-)
-def test_names_that_read_the_same(first: tuple[str, ...], second: tuple[str, ...]) -> None:
-    """Two tensors with one dotted name are refused, and the error names both paths."""
-    with pytest.raises(UnsupportedValueError) as caught:
-        plan_local([Entry(first, "U8", (1,)), Entry(("z",), "U8", (1,)), Entry(second, "U8", (1,))], {})
-    error = caught.value
-    assert {error.key, error.other_key} == {repr(list(first)), repr(list(second))}
-    for path in (first, second):
-        assert repr(list(path)) in error.why
-    assert ".".join(first) in error.what
-    assert error.next
-
-
-@pytest.mark.parametrize(
-    ("segments", "why"),
-    [
-        (("model", "__metadata__"), "__metadata__"),
-        (("__metadata__",), "__metadata__"),
-        (("model", "a\udc80"), "surrogates"),
-        (("model\udc80", "a"), "surrogates"),
-        (("model", "x" * MAX_NAME_LENGTH), "characters"),
-    ],
-    ids=["metadata", "metadata at the top", "no UTF-8", "no UTF-8 in the folder", "long"],
-)
-def test_names_that_no_file_can_have(segments: tuple[str, ...], why: str) -> None:
-    """Refused by key before a byte is copied, with what, why and next; the message stays short."""
-    with pytest.raises(UnsupportedValueError) as caught:
-        plan_local([Entry(segments, "U8", (1,))], {})
-    error = caught.value
-    assert error.key is not None
-    assert error.key.startswith(".".join(segments)[:80])
-    assert why in error.why
-    assert error.next
-    assert len(str(error)) < 500
-
-
-def test_names_that_only_look_reserved() -> None:
-    """``__metadata__`` is reserved as a whole name alone."""
-    plan = plan_of("model/a/__metadata__", "__metadata__/a", "model/__metadata__x")
-    assert sorted(body_of(plan).names) == ["__metadata__x", "a", "a.__metadata__"]
-
-
-def test_tree_with_keys_that_are_no_utf8() -> None:
-    """A key without a tensor may not break the manifest either."""
-    with pytest.raises(UnsupportedValueError, match="surrogates") as caught:
-        plan_local([], {"progress": {"\udc80": -1}})
-    assert caught.value.key == "\udc80"
-    with pytest.raises(UnsupportedValueError, match="surrogates"):
-        PlanCache().plan([], {"progress": {"\udc80": -1}}, {})
-
-
-def test_tree_that_is_nested_too_deep() -> None:
-    """The end of Python's stack is an error of ours."""
-    tree: Node = -1
-    for _ in range(5000):
-        tree = {"k": tree}
-    with pytest.raises(UnsupportedValueError, match="nested"):
-        plan_local([], tree)
-    with pytest.raises(UnsupportedValueError, match="nested"):
-        PlanCache().plan([], tree, {})
 
 
 def test_many_entries_take_several_files() -> None:
@@ -383,84 +252,6 @@ def test_entries_that_are_none(entry: Entry) -> None:
     """A dtype or shape that no file has is a bug of the caller."""
     with pytest.raises(ValueError, match=r"."):
         plan_local([entry], {"a": 0})
-
-
-def many(count: int) -> tuple[list[Entry], Node]:
-    entries = [Entry(("optimizer", f"layers.{i}.weight", "exp_avg"), "F32", (32, 32)) for i in range(count)]
-    return entries, tree_of(entries)
-
-
-def test_ten_thousand_entries() -> None:
-    """A plan of 10,000 tensors takes well under a second, the second time almost nothing."""
-    entries, tree = many(10_000)
-    cache = PlanCache()
-    start = time.perf_counter()
-    plan = cache.plan(entries, tree, {})
-    first = time.perf_counter() - start
-    again, tree_again = many(10_000)
-    start = time.perf_counter()
-    assert cache.plan(again, tree_again, {}) is plan
-    second = time.perf_counter() - start
-    assert first < 0.8  # 0.05 alone
-    assert second < 0.08  # 0.001 alone
-    assert cache.misses == 1
-
-
-def test_cache_hits_and_misses() -> None:
-    """The plan is made again when anything changes, and only then."""
-    cache = PlanCache()
-    entries, tree = many(3)
-    plan = cache.plan(entries, tree, {})
-    assert cache.plan(list(entries), json.loads(json.dumps(tree)), {}) is plan
-    for misses, (changed, changed_tree, plain) in enumerate(
-        [
-            (*many(2), {}),
-            ([*entries[:2], entries[2]._replace(shape=(1024,))], tree, {}),
-            (entries, tree | {"lr": -1}, {}),
-            (entries, tree, {"optimizer/config.json": b"{}"}),
-            (entries, tree, {"optimizer/config.json": b"{ }"}),
-            (entries, tree, {}),
-        ],
-        start=2,
-    ):
-        cache.plan(changed, changed_tree, plain)
-        assert cache.misses == misses
-
-
-def test_cache_tells_keys_of_different_types_apart() -> None:
-    """1, 1.0 and True are equal for Python, and three keys for a checkpoint."""
-    cache = PlanCache()
-    entries = [Entry(("m", "1"), "F32", (2,))]
-    plans = [cache.plan(entries, {"m": ["dict", [[key, 0]]]}, {}) for key in (1, True, 1.0, "1")]
-    assert cache.misses == 4
-    assert len({plan.digest for plan in plans}) == 4
-
-
-def test_cache_sees_a_tree_that_was_changed_in_place() -> None:
-    """A caller that reuses its lists is not given the old plan."""
-    cache = PlanCache()
-    entries, tree = many(2)
-    old = cache.plan(entries, tree, {})
-    tree["lr"] = -1
-    entries[0] = entries[0]._replace(dtype="I32")
-    assert cache.plan(entries, tree, {}).digest != old.digest
-
-
-def test_cache_after_an_error() -> None:
-    """A state that was refused leaves the last plan as it was."""
-    cache = PlanCache()
-    entries, tree = many(2)
-    plan = cache.plan(entries, tree, {})
-    with pytest.raises(UnsupportedValueError):
-        cache.plan([*entries, entries[0]], tree, {})
-    assert cache.plan(entries, tree, {}) is plan
-    assert cache.misses == 1
-
-
-@given(st.lists(st.lists(st.text(st.characters()), min_size=1, max_size=3).map(tuple), max_size=8))
-def test_the_order_of_entries_is_that_of_their_bytes(paths: list[tuple[str, ...]]) -> None:
-    """Text compares by code points, lone surrogates too, and these are in the order of their UTF-8."""
-    assert sorted(paths) == sorted(paths, key=sort_key)
 
 
 def test_files_on_disk_are_for_safetensors(tmp_path: Path) -> None:
