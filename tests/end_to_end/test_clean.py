@@ -7,7 +7,9 @@ import gc
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
+import anyio
 import pytest
 import torch
 
@@ -150,3 +152,49 @@ def test_nothing_unclosed_is_no_news(tmp_path: Path) -> None:
     never = aiockpt.Checkpointer(tmp_path)
     del ckpt, never
     gc.collect()  # warnings are errors in these tests
+
+
+class TrainingError(Exception):
+    """What a training loop raises."""
+
+
+def failing(ckpt: Any) -> Any:
+    """Make the first worker of a Checkpointer find the disk full."""
+    ckpt._coordinator.worker_faults = (WORKER_ARGUMENT, FULL)
+    return ckpt
+
+
+def leave_with(error: BaseException, run: Path, face: str) -> None:
+    """Leave a block by an error while a save fails that nobody awaits."""
+    if face == "blocking":
+        with failing(blocking.Checkpointer(run)) as ckpt:
+            save = ckpt.save(0, {"x": torch.arange(1000)})
+            wait_until(save.done, "the outcome")
+            raise error
+
+    async def body() -> None:
+        async with failing(aiockpt.Checkpointer(run)) as ckpt:
+            save = ckpt.save(0, {"x": torch.arange(1000)})
+            wait_until(save.done, "the outcome")
+            raise error
+
+    anyio.run(body, backend=face)
+
+
+@pytest.mark.parametrize("error", [TrainingError("nan"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+@pytest.mark.parametrize("face", ["blocking", "asyncio", "trio"])
+def test_a_failure_beside_a_training_error(
+    face: str, error: BaseException, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The very same object goes on, with one note of the save that failed; the log has it once."""
+    error.__notes__ = []
+    with pytest.raises(type(error)) as caught:
+        leave_with(error, tmp_path, face)
+    assert caught.value is error
+    assert len(error.__notes__) == 1
+    assert "No space left on device" in error.__notes__[0]
+    told = [
+        record for record in caplog.records if record.name.startswith("aiockpt") and record.levelno >= logging.ERROR
+    ]
+    assert len(told) == 1
+    assert "No space left on device" in told[0].getMessage()
