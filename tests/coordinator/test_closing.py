@@ -13,7 +13,7 @@ from aiockpt import blocking
 from aiockpt.coordinator import coordinator, saves
 from aiockpt.storage.faults import FaultPoint
 from aiockpt.testing.faults import WORKER_ARGUMENT, ArmedFaults, FaultPlan, FaultRule
-from tests.support import attempts, is_alive
+from tests.support import attempts, is_alive, wait_until
 
 pytestmark = pytest.mark.process
 
@@ -39,8 +39,6 @@ def test_a_worker_that_stopped_behind_the_rename(drain: bool, tmp_path: Path, mo
     save = ckpt.save(0, STATE)
     save.wait_staged()
     if not drain:  # else it may be cancelled before the rename
-        from tests.support import wait_until
-
         wait_until(lambda: (tmp_path / "step-0").exists(), "the rename")
     ckpt.close(drain=drain)
     assert save.result(0).step == 0
@@ -63,7 +61,7 @@ def test_a_disk_that_does_not_answer_at_close(tmp_path: Path, monkeypatch: pytes
     """Nobody can say what it has, and close waits for it no longer than its bound."""
     monkeypatch.setattr(saves, "LOOK_SECONDS", 0.2)
     ckpt = stalled_at(FaultPoint.WORKER_BLOCK_WRITE, tmp_path, monkeypatch)
-    hang = FaultRule(point=FaultPoint.TRAINER_BEFORE_FENCE, action="delay", seconds=3.0)
+    hang = FaultRule(point=FaultPoint.TRAINER_BEFORE_FENCE, action="delay", seconds=1.5)
     ckpt._coordinator._opened.saves._faults = ArmedFaults(FaultPlan(rules=[hang]))
     save = ckpt.save(0, STATE)
     with pytest.raises(aiockpt.CommitUnknownError, match="close_timeout"):

@@ -69,17 +69,6 @@ def test_an_existing_step(tmp_path: Path) -> None:
     assert [name for name in os.listdir(tmp_path) if name.startswith((".old", ".step"))] == []
 
 
-@pytest.mark.parametrize("step", [-1, 1.0, "1", None, True, 1 << 63])
-def test_bad_steps(step: Any, tmp_path: Path) -> None:
-    """A step is an int >= 0; the error names the argument."""
-    with blocking.Checkpointer(tmp_path) as ckpt:
-        with pytest.raises(aiockpt.ConfigError) as caught:
-            ckpt.save(step, STATE)
-        assert caught.value.argument == "step"
-        assert "why:" in str(caught.value)
-        assert "next:" in str(caught.value)
-
-
 def test_keep_latest(tmp_path: Path) -> None:
     """Older checkpoints go after a commit, and only then."""
     with blocking.Checkpointer(tmp_path, keep=aiockpt.Latest(2)) as ckpt:
@@ -162,87 +151,6 @@ def test_close_raises_what_nobody_heard(tmp_path: Path) -> None:
         with hold(ckpt):
             save = ckpt.save(0, STATE, timeout=0.05)
             wait_until(lambda: save._record.cancelling, "the time-out")
-
-
-def test_usage_before_open_and_after_close(tmp_path: Path) -> None:
-    """Every call says what to do instead; closing twice is harmless."""
-    ckpt = blocking.Checkpointer(tmp_path)
-    with pytest.raises(aiockpt.UsageError, match="not open"):
-        ckpt.save(0, STATE)
-    ckpt.open()
-    with pytest.raises(aiockpt.UsageError, match="opened twice"):
-        ckpt.open()
-    ckpt.save(0, STATE).result(60)  # the refused call has not closed what is open
-    ckpt.close()
-    ckpt.close()
-    for call in (lambda: ckpt.save(0, STATE), ckpt.steps, ckpt.wait_ready, ckpt.statistics, lambda: ckpt.restore({})):
-        with pytest.raises(aiockpt.UsageError, match="closed"):
-            call()
-
-
-def test_two_threads_at_once(tmp_path: Path) -> None:
-    """The second thread is refused; the first save is whole."""
-    with blocking.Checkpointer(tmp_path) as ckpt:
-        ckpt.prepare(STATE)
-        refused: list[BaseException] = []
-        inside = threading.Event()
-        go_on = threading.Event()
-
-        class Slow:
-            def state_dict(self) -> dict[str, int]:
-                inside.set()
-                go_on.wait(60)
-                return {"n": 1}
-
-            def load_state_dict(self, state: dict[str, int]) -> None: ...
-
-        thread = threading.Thread(target=lambda: ckpt.save(0, {"slow": Slow()}))
-        thread.start()
-        assert inside.wait(60)
-        try:
-            ckpt.save(1, STATE)
-        except aiockpt.UsageError as exc:
-            refused.append(exc)
-        go_on.set()
-        thread.join(60)
-        ckpt.wait_idle()
-        assert len(refused) == 1
-        assert ckpt.steps() == [0]
-
-
-def test_a_second_job_on_the_run(tmp_path: Path) -> None:
-    """One writer per run, in one process too; the error names the owner."""
-    with blocking.Checkpointer(tmp_path) as ckpt:
-        with pytest.raises(aiockpt.ConfigError) as caught:
-            blocking.Checkpointer(tmp_path / "." / "").open()
-        assert caught.value.path is not None
-        ckpt.save(0, STATE).result(60)
-    with blocking.Checkpointer(tmp_path) as again:
-        assert again.steps() == [0]
-
-
-def test_forked_child(tmp_path: Path) -> None:
-    """In a forked child every call is a UsageError, and the parent goes on unharmed."""
-    with blocking.Checkpointer(tmp_path) as ckpt:
-        ckpt.save(0, STATE).result(60)
-        read, write = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                ckpt.save(1, STATE)
-                outcome = b"saved"
-            except aiockpt.UsageError:
-                outcome = b"refused"
-            except BaseException as exc:  # noqa: BLE001
-                outcome = repr(exc).encode()
-            os.write(write, outcome)
-            os._exit(0)
-        os.close(write)
-        assert os.read(read, 1000) == b"refused"
-        os.close(read)
-        os.waitpid(pid, 0)
-        ckpt.save(2, STATE).result(60)
-        assert ckpt.steps() == [0, 2]
 
 
 def test_due_and_request_save(tmp_path: Path) -> None:
