@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,9 @@ class DeviceTraining:
         self._state = state
         self._device = next(state.model.parameters()).device
         self._saver = system(state, directory)
-        self._stepping = _DeviceStepping(state, self._saver, self._device)
+        self._numbers = itertools.count(1)  # one run: each of its steps is saved once
         self._step = 0
+        self._stepping = _DeviceStepping(state, self._saver, self._device, self._numbers)
 
     def begin(self) -> dict[str, Any]:
         """Open the system."""
@@ -68,7 +71,7 @@ class DeviceTraining:
         self._saver.close()
 
     def _round(self) -> dict[str, Any]:
-        self._step += 1
+        self._step = next(self._numbers)
         self._state.train_step()
         self._saver.make_ready(self._step)
         synchronize(self._device)
@@ -94,9 +97,9 @@ class DeviceTraining:
 class _DeviceStepping(Stepping):
     """Steps whose batch is on the device, each timed until the device has done it."""
 
-    def __init__(self, state: Training, saver: Saver, device: torch.device) -> None:
+    def __init__(self, state: Training, saver: Saver, device: torch.device, numbers: Iterator[int]) -> None:
         self._device = device
-        super().__init__(state, saver)
+        super().__init__(state, saver, numbers)
 
     @Stepping.tokens.setter  # type: ignore[attr-defined]  # mypy takes a property for its value here
     def tokens(self, count: int) -> None:

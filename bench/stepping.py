@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,11 +71,17 @@ class _Watch:
 
 
 class Stepping:
-    """Trains one model with one optimizer on the same batch again and again, which a loss does not mind."""
+    """Trains one model with one optimizer on the same batch again and again, which a loss does not mind.
 
-    def __init__(self, state: Training, saver: Saver) -> None:
+    Args:
+        state: What is trained.
+        saver: Saves it.
+        numbers: Of the steps that are saved, each once; shared with whoever else saves by the same saver.
+    """
+
+    def __init__(self, state: Training, saver: Saver, numbers: Iterator[int] | None = None) -> None:
         self._model, self._optimizer, self._saver = state.model, state.optimizer, saver
-        self._saved = 0
+        self._numbers = numbers or itertools.count(1)
         self._updating = 0.0
         # Behind the process-wide hooks of torch.optim, where aiockpt waits.
         self._optimizer.register_step_pre_hook(self._note_update)
@@ -130,12 +138,12 @@ class Stepping:
         return block
 
     def _save(self, block: SavingBlock) -> _Watch:
-        self._saved += 1
-        self._saver.make_ready(self._saved)
+        step = next(self._numbers)
+        self._saver.make_ready(step)
         began = time.perf_counter()
-        pending = self._saver.begin(self._saved)
+        pending = self._saver.begin(step)
         block.blocked_s.append(time.perf_counter() - began)
-        return _Watch(self._saved, pending, began)
+        return _Watch(step, pending, began)
 
     def _step(self, pending: Pending) -> tuple[float, float]:
         began = time.perf_counter()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.entrant import Pending, Saver
+from bench.gpu_role import DeviceTraining
 from bench.state import BenchState, Training, make_state
 from bench.stepping import Stepping
 
@@ -80,3 +81,20 @@ def test_the_batch_grows_with_the_time_that_is_asked_for(state: Training, tmp_pa
     assert stepping.tokens == 256
     assert stepping.calibrate(0.0) == 8
     assert stepping.calibrate(5.0) % 128 == 0
+
+
+def test_saves_alone_and_beside_steps_are_of_one_run(state: Training, tmp_path: Path) -> None:
+    """However many saves the steps had time for: no step of the run is saved twice."""
+    savers: list[Scripted] = []
+
+    class Kept(Scripted):
+        def __init__(self, state: BenchState, directory: Path) -> None:
+            super().__init__(state, directory)
+            savers.append(self)
+
+    role = DeviceTraining(Kept, state, tmp_path)
+    for command in ("round", "discard", "saving 3", "round", "discard", "saving 2", "round"):
+        role.obey(command.split()[0], command.split()[1:])
+    begun = [line for line in savers[0].log if line.startswith("begin")]
+    assert len(begun) >= 5
+    assert begun == [f"begin {n + 1}" for n in range(len(begun))]
