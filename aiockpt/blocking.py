@@ -39,7 +39,7 @@ class Save(Handle, Generic[R_co]):
             self._record.listeners -= 1
 
     def wait_staged(self) -> None:
-        """Wait until the state may be written to by others than its optimizers."""
+        """Wait until the state may be written to by others than its optimizers; see ``aiockpt.Save.wait_staged``."""
         self._record.staged.result()
 
 

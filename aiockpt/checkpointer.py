@@ -81,6 +81,8 @@ class Save(Handle, Generic[R_co]):
     async def wait_staged(self) -> None:
         """Wait until the state may be written to by others than its optimizers.
 
+        The worker has all that it needs then: should this process die, it finishes the save alone.
+
         Raises:
             CheckpointError: Why the save failed, if it did before.
         """

@@ -34,6 +34,9 @@ _log = logging.getLogger("aiockpt.save")
 MAX_DEATHS = 2
 """Workers that may die on one save: the second death is most likely the save's own doing."""
 
+HAND_OVER_SECONDS = 1.0
+"""For a worker to take the end of staging; who waits for no more than that may then write to the state, if not die."""
+
 LOOK_SECONDS = 5.0
 """For a look into the run directory at close: where the disk hangs, nobody can say what was published."""
 
@@ -85,6 +88,8 @@ class Saves:
         """All is copied and checked, or staging failed."""
         save.copying = False
         if save.is_final or save.cancelling is not None:
+            if error is None:
+                save.settle_staged(None)
             self._maybe_free(save)
         elif error is not None:
             self.give_up(save, error)
@@ -96,11 +101,18 @@ class Saves:
             self._faults.at(FaultPoint.TRAINER_STAGED_SENT)
 
     async def _hand_over(self, save: SaveRecord) -> None:
+        """See the end of staging sent, then tell: who was told that all is staged may die, and leaves a checkpoint."""
         link = self._link
-        if link is not None:  # else worker_up comes back to this
-            await link.wait_idle()
-            if link is self._link:
-                save.handed_over()
+        if link is None:  # worker_up comes back to this
+            save.settle_staged(None)
+            return
+        if not link.is_idle:
+            with anyio.move_on_after(HAND_OVER_SECONDS):
+                await link.wait_idle()
+        save.settle_staged(None)
+        await link.wait_idle()
+        if link is self._link:
+            save.handed_over()
 
     def cancel(self, save: SaveRecord) -> None:
         """The user's wish: who cancels knows of it, so nobody else is told. A failure that came before is told."""

@@ -261,10 +261,9 @@ class Saving:
             record.stage_span.complete()
         else:
             record.stage_span.fail(error)
-        # Told to the loop first: whoever sees it staged, and closes at once, comes behind the end of staging there.
-        self._loop.post(self._saves.staging_done, record, error)
-        if error is None:
-            record.settle_staged(None)
+        # The loop tells who waits for it, when the worker knows.
+        if not self._loop.post(self._saves.staging_done, record, error):
+            record.settle_staged(error)
 
     # ---- before the snapshot
 

@@ -121,6 +121,8 @@ class Link:
         for inbox in self._inboxes:
             inbox.append(message)
 
+    is_idle = True
+
     async def wait_idle(self) -> None: ...
 
 

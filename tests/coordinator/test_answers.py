@@ -8,7 +8,7 @@ import pytest
 from aiockpt.coordinator.save_record import SaveRecord
 from aiockpt.errors import ProtocolError, SaveBusyError, SaveCancelledError, StorageError, WorkerExitedError
 from aiockpt.protocol.lifecycle import SaveState
-from aiockpt.protocol.messages import Committed, Failed, Message, SlotFree, WireError
+from aiockpt.protocol.messages import Committed, EndStaging, Failed, Message, SlotFree, WireError
 from tests.coordinator.scripted import Stage
 
 
@@ -116,6 +116,36 @@ def test_a_cancelled_save_is_told_to_nobody(stage: Stage) -> None:
     stage.coordinator.worker_says(cancelled, [])
     assert isinstance(save.failure, SaveCancelledError)
     assert stage.desk.take_unheard() == []
+
+
+def test_staged_is_told_when_the_worker_knows(stage: Stage) -> None:
+    """A trainer that dies right behind ``wait_staged()`` leaves a checkpoint."""
+    save = begun(stage)
+    assert stage.stager.copy is not None
+    stage.stager.copy.end(None)
+    assert not save.staged.done()
+    stage.turn_all()
+    assert save.staged.done()
+    assert stage.worker is not None
+    assert any(isinstance(frame, EndStaging) for frame in stage.worker.told(save.save_id))
+
+
+def test_staged_waits_for_no_worker_that_is_not_there(stage: Stage) -> None:
+    """The state may be written to: the snapshot is in the arena."""
+    anyio.run(stage.coordinator.worker_down, WorkerExitedError("the worker died"))
+    stage.worker = None
+    assert staged(stage).staged.result(0) is None
+
+
+def test_a_copy_that_ended_before_it_was_stopped_is_staged(stage: Stage) -> None:
+    """Cancelled meanwhile: what the worker makes of it does not concern who waits to write to the state."""
+    save = begun(stage)
+    stage.saves.cancel(save)
+    assert stage.stager.copy is not None
+    stage.stager.copy.cancelled = None
+    stage.stager.copy.end(None)
+    stage.turn_all()
+    assert save.staged.result(0) is None
 
 
 def test_handed_over_is_what_a_living_worker_has(stage: Stage) -> None:
