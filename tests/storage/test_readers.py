@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
+import mmap
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -419,3 +422,24 @@ def test_closing_twice(step: Path) -> None:
     checkpoint: OpenCheckpoint = open_checkpoint(str(step))
     checkpoint.close()
     checkpoint.close()
+
+
+def advice(buffer: AlignedBuffer) -> set[str]:
+    """Return what the kernel was told of the memory of a buffer."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer.view))
+    found = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if area := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            found = int(area[1], 16) <= address < int(area[2], 16)
+        elif found and line.startswith("VmFlags:"):
+            return set(line.split()[1:])
+    raise AssertionError("the buffer is nowhere")
+
+
+def test_blocks_are_read_into_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel has them; where it does not, a buffer is as good."""
+    assert ("hg" in advice(AlignedBuffer())) == os.path.exists("/sys/kernel/mm/transparent_hugepage")
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 12345)
+    buffer = AlignedBuffer(5000)
+    buffer.view[:] = bytes(8192)
+    assert "hg" not in advice(buffer)
