@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from bench import runner
+from bench.__main__ import QUESTIONS, main
 from bench.entrants import OURS, SAVES, Entry, Key
 from bench.floor_process import FloorProcess
 from bench.floors import THREADS
@@ -22,8 +26,14 @@ pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
 
 
 def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bench", *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280)
+    """Run a benchmark in this process, which has torch already."""
+    command = [*map(str, arguments)]
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        try:
+            status = main(command)
+        except SystemExit as exc:
+            status = cast("int", exc.code)
+    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
 
 def test_save_with_a_peer_writes_every_figure(tmp_path: Path) -> None:
@@ -114,6 +124,14 @@ def test_a_missing_peer_is_skipped_by_name(tmp_path: Path) -> None:
     (skipped,) = outcome.skipped
     assert skipped["system"] == "nobody"
     assert "No module named 'bench.peers.nobody'" in skipped["why"]
+
+
+def test_the_command_of_the_pages() -> None:
+    """``python -m bench`` names its questions."""
+    command = [sys.executable, "-m", "bench", "--help"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(question in done.stdout for question in QUESTIONS)
 
 
 @pytest.mark.parametrize(
