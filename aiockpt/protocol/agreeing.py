@@ -25,6 +25,8 @@ __all__ = ["Agreement", "Pacer", "Pause"]
 
 _LEAD_STEPS = 2
 _MOST_DOUBLINGS = 6
+_MOST_REASONS = 16
+"""Of one agreed step; what else is wanted gets a step of its own."""
 
 
 class _Phase(Enum):
@@ -70,7 +72,9 @@ class Agreement:
         match message:
             case AskSave():
                 self._reasons[rank] = message.reason
-                return self._ask() if self._phase is _Phase.IDLE else []
+                # Since a rank said how far it is it may have gone past what would serve this.
+                is_late = self._phase is _Phase.ASKING and rank in self._paces
+                return self._ask() if self._phase is _Phase.IDLE or is_late else []
             case Pace() if self._phase is _Phase.ASKING and message.round == self._round:
                 self._paces[rank] = message
                 return self._propose() if len(self._paces) == self._world else []
@@ -98,18 +102,24 @@ class Agreement:
         last = max((pace.agreed for pace in paces if pace.agreed is not None), key=lambda one: one.step, default=None)
         out = [] if last is None else self._tell(Agreed(agreed=last))
         if last is not None and fastest < last.step:
-            self._reasons = {}  # served by what nobody has come to yet
+            self._serve(last.reasons)  # by what nobody has come to yet
         if not self._reasons:
             self._phase = _Phase.IDLE
             return out + self._tell(Dropped())
         lead = max(_LEAD_STEPS, *(pace.lead for pace in paces)) << min(self._tries, _MOST_DOUBLINGS)
-        self._phase, self._step, self._accepted = _Phase.PROPOSING, max(fastest, 0) + lead, set()
+        step = max(max(fastest, 0) + lead, 0 if last is None else last.step + 1)  # what is agreed on only ever grows
+        self._phase, self._step, self._accepted = _Phase.PROPOSING, step, set()
         return out + self._tell(Propose(round=self._round, step=self._step))
 
     def _fix(self) -> list[Tell]:
-        reason = self._reasons[min(self._reasons)]
-        self._phase, self._reasons, self._tries = _Phase.IDLE, {}, 0
-        return self._tell(Agreed(agreed=AgreedStep(step=self._step, reason=reason)))
+        reasons = list(dict.fromkeys(self._reasons[rank] for rank in sorted(self._reasons)))[:_MOST_REASONS]
+        self._phase, self._tries = _Phase.IDLE, 0
+        self._serve(reasons)
+        out = self._tell(Agreed(agreed=AgreedStep(step=self._step, reasons=reasons)))
+        return out + (self._ask() if self._reasons else [])
+
+    def _serve(self, reasons: list[str]) -> None:
+        self._reasons = {rank: reason for rank, reason in self._reasons.items() if reason not in reasons}
 
     def _tell(self, message: StarMessage) -> list[Tell]:
         return [Tell(tuple(sorted(self._joined)), message)]
@@ -122,15 +132,21 @@ class Pause(Enum):
 
 
 class Pacer:
-    """A rank's part, which outlives its workers: training asks it at each step."""
+    """A rank's part, which outlives its workers: training asks it at each step.
+
+    A loop may leave by the reason that it is given. So every reason that somebody has asked for is given on all ranks
+    at one step, in one wording, and stands until a save is called that ``due`` has given it for.
+    """
 
     def __init__(self) -> None:
         self._passed = -1
         self._held: int | None = None
         """The step that was proposed and accepted."""
-        self._due: dict[int, str] = {}
+        self._due: list[AgreedStep] = []
+        """Agreed on and not served, ascending."""
+        self._answered = -1
+        """The last agreed step that ``due`` has given the reasons of."""
         self._last: AgreedStep | None = None
-        self._saved = -1
         self._asks = ""
 
     def due(self, step: int) -> str | Pause | None:
@@ -138,28 +154,36 @@ class Pacer:
 
         At PAUSE ask again after each message, and call ``give_up`` when that takes too long.
         """
-        for agreed, reason in sorted(self._due.items()):
-            if agreed <= step:
-                self._passed = max(self._passed, step)
-                return reason
         if self._held is not None and self._held <= step:
             return Pause.PAUSE
         self._passed = max(self._passed, step)
-        return None
+        due = [agreed for agreed in self._due if agreed.step <= step]
+        if not due:
+            return None
+        self._answered = due[-1].step
+        return ", ".join(dict.fromkeys(reason for agreed in due for reason in agreed.reasons))
 
     def give_up(self) -> None:
         """Wait no longer for a verdict: the hub is gone, and ranks may come to differ."""
         self._held = None
 
-    def saved(self, step: int) -> None:
-        """``save`` was called."""
-        self._saved = max(self._saved, step)
-        self._due = {agreed: reason for agreed, reason in self._due.items() if agreed > step}
+    def saved(self) -> None:
+        """``save`` was called: what ``due`` has answered so far is served."""
+        self._due = [agreed for agreed in self._due if agreed.step > self._answered]
 
     def ask(self, reason: str) -> list[StarMessage]:
         """Want a save; return what to tell the hub."""
         self._asks = reason
-        return [AskSave(reason=reason)]
+        return self.pending()
+
+    def pending(self) -> list[StarMessage]:
+        """Return what to tell a hub that may not have heard it: what is asked for, and not agreed on."""
+        return [AskSave(reason=self._asks)] if self._asks else []
+
+    @property
+    def is_expecting(self) -> bool:
+        """Whether a save is asked for here, or agreed on, that was not called yet."""
+        return bool(self._asks or self._due)
 
     def hear(self, message: StarMessage, *, lead: int = 0) -> list[StarMessage]:
         """The hub says something; return what to tell it.
@@ -178,11 +202,11 @@ class Pacer:
                 return [Answer(round=message.round, accepts=accepts)]
             case Agreed(agreed=agreed):
                 self._held = None
+                if agreed.step > self._passed and self._asks in agreed.reasons:
+                    self._asks = ""
                 if self._last is None or agreed.step > self._last.step:
                     self._last = agreed
-                    self._asks = ""
-                    if agreed.step > self._saved:
-                        self._due[agreed.step] = agreed.reason
+                    self._due.append(agreed)
             case Dropped():
                 self._held = None
             case _:

@@ -6,7 +6,7 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from aiockpt.protocol.star import Arguments, Arrive, Ended, Verdict, Written
+from aiockpt.protocol.star import Arguments, Arrive, Details, Ended, Verdict, Written
 
 __all__ = ["Call", "Phase"]
 
@@ -39,8 +39,14 @@ class Call:
     """By digest: who has this plan, as they came. Few digests for thousands of ranks: what is done per arrival must
     not look at every rank."""
     written: dict[int, Written] = field(default_factory=dict)
-    plans_fit: bool = False
     is_checking: bool = False
+    extra: dict[int, list[str]] | None = None
+    """Once the plans fit: by rank the folders of undeclared tensors that it writes; ranks that write none are left
+    out."""
+    witnesses: tuple[int, ...] = ()
+    """Ranks that were asked for details, one for each sum that was said."""
+    details: dict[int, Details] = field(default_factory=dict)
+    is_comparing: bool = False
     is_waiting: set[int] = field(default_factory=set)
     """Ranks whose worker died before it had written: they come again, or are given up."""
     ended: Ended | None = None
@@ -63,23 +69,37 @@ class Call:
         """Tell whether the plan of this rank is among these."""
         return any(rank in ranks for digest, ranks in self.ranks_of.items() if digest in digests)
 
+    def lacks_details_of(self, rank: int) -> bool:
+        """Tell whether this rank was asked for details and has not answered."""
+        return rank in self.witnesses and rank not in self.details
+
     def sorted_ranks(self) -> dict[str, tuple[int, ...]]:
         """Return by digest who has this plan."""
         return {digest: tuple(sorted(ranks)) for digest, ranks in self.ranks_of.items()}
 
-    def unequal(self) -> tuple[str, int, int] | None:
-        """Return what differs, and between whom, among ranks with one plan; None where all is equal."""
-        for ranks in self.sorted_ranks().values():
-            first = self.written[ranks[0]]
+    def find_witnesses(self) -> tuple[int, ...]:
+        """Return one rank for each plan and sum that was said, the lowest: what they have, all have."""
+        lowest: dict[object, int] = {}
+        for digest, ranks in self.sorted_ranks().items():
             for rank in ranks:
-                if self.written[rank].values_sum != first.values_sum:
-                    return "values", ranks[0], rank
-                if self.written[rank].tensors_sum != first.tensors_sum:
-                    return "tensors", ranks[0], rank
-        return None
+                written = self.written[rank]
+                lowest.setdefault((digest, written.values_sum, written.tensors_sum), rank)
+        probed: dict[str, dict[str, int]] = {}
+        for rank in sorted(self.written):
+            for group, found in self.written[rank].probes.items():
+                probed.setdefault(group, {}).setdefault(found, rank)
+        differing = (rank for sums in probed.values() if len(sums) > 1 for rank in sums.values())
+        return tuple(sorted({*lowest.values(), *differing}))
+
+    def begin_again(self) -> None:
+        """All ranks write anew."""
+        self.attempt += 1
+        self.phase = Phase.MAKING
+        self.written, self.witnesses, self.details, self.is_comparing = {}, (), {}, False
 
     def end(self, outcome: Ended) -> None:
         """It is over; what only an open one needs is forgotten: thousands of ranks times many saves."""
         self.ended = outcome
         self.phase = Phase.ENDED
         self.arrived, self.ranks_of, self.written, self.is_waiting = set(), {}, {}, set()
+        self.extra, self.witnesses, self.details = None, (), {}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from aiockpt.protocol.messages import WireError
 from aiockpt.protocol.star import Arguments
 
-__all__ = ["differ", "failed_before", "gone", "late", "timed_out", "unequal"]
+__all__ = ["claims_differ", "differ", "failed_before", "given_up", "gone", "late", "no_slot", "not_met", "timed_out"]
 
 _NAMED_RANKS = 10
 """That a message lists."""
@@ -20,6 +20,7 @@ def gone(rank: int, why: str) -> WireError:
         what=f"rank {rank} is gone",
         why=why,
         next="start the job again; it resumes from the newest checkpoint",
+        rank=rank,
     )
 
 
@@ -41,16 +42,27 @@ def failed_before() -> WireError:
         what="it failed on all ranks",
         why="the worker of rank 0 died before every rank heard of that",
         next="look at the other ranks for the cause",
+        rank=0,
     )
 
 
-def unequal(what: str, first: int, rank: int) -> WireError:
-    """Plain tensors or values are not the same on two ranks."""
+def given_up(rank: int, why: str) -> WireError:
+    """A rank's trainer has told its user that the save failed."""
     return WireError(
-        kind="mismatch",
-        what=f"plain {what} differ between rank {first} and rank {rank}",
-        why="what is no DTensor and not declared as replicated must be equal on all ranks",
-        next="wrap what differs by rank in aiockpt.PerRank, or save it under a key of its own",
+        kind="peer",
+        what=f"rank {rank} gave it up",
+        why=why or "its workers died on it, or it was not to wait any longer",
+        next=f"look at the log of rank {rank}",
+    )
+
+
+def no_slot(rank: int) -> WireError:
+    """A rank skipped a call that the hub had taken: it was about to give its slot back."""
+    return WireError(
+        kind="peer",
+        what=f"rank {rank} had no free slot",
+        why="its save before was just being given up",
+        next="save again",
     )
 
 
@@ -66,13 +78,39 @@ def timed_out(said: Arguments) -> WireError:
 
 def late(step: int, first: int, missing: Sequence[int], seconds: float) -> WireError:
     """Some ranks have not called ``save``."""
-    some = ", ".join(map(str, missing[:_NAMED_RANKS])) + (", …" if len(missing) > _NAMED_RANKS else "")
     return WireError(
         kind="peer",
         what=f"rank {missing[0]} did not call save({step}) within {seconds:g} s of rank {first}",
-        why=f"missing: {some}",
+        why=f"missing: {_some(missing)}",
         next="call save() on all ranks, or give Checkpointer a longer arrival_timeout",
     )
+
+
+def not_met(meeting: str, first: int, missing: Sequence[int], seconds: float) -> WireError:
+    """Some ranks have not come to a meeting."""
+    return WireError(
+        kind="peer",
+        what=f"rank {missing[0]} did not come to {meeting!r} within {seconds:g} s of rank {first}",
+        why=f"missing: {_some(missing)}",
+        next="make the same calls on all ranks, equally often, or give Checkpointer a longer arrival_timeout",
+        rank=missing[0],
+    )
+
+
+def claims_differ(first: int, claim: str, rank: int, other: str) -> WireError:
+    """Two ranks came to one meeting for different things."""
+    return WireError(
+        kind="mismatch",
+        what="the ranks do not agree on what they do together",
+        why=f"rank {first} called {claim}, rank {rank} called {other}",
+        next="make the same calls with the same arguments on all ranks",
+        rank=rank,
+        ranks=sorted((first, rank)),
+    )
+
+
+def _some(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks[:_NAMED_RANKS])) + (", …" if len(ranks) > _NAMED_RANKS else "")
 
 
 def _shown(said: Arguments) -> str:

@@ -7,21 +7,24 @@ ranks, these in none.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import msgspec
 
 from aiockpt.protocol import disagreements
 from aiockpt.protocol.calls import Call, Phase
 from aiockpt.protocol.messages import WireError
-from aiockpt.protocol.orders import CheckPlans, Commit, Drop, Look, MakeAttempt, Output, Tell
+from aiockpt.protocol.orders import CheckPlans, Commit, Compare, Drop, Look, MakeAttempt, Output, Tell
 from aiockpt.protocol.star import (
     Arrive,
     Body,
     Committing,
     Credit,
+    Details,
     End,
     Ended,
+    Fits,
     GiveUp,
     Join,
     Leave,
@@ -30,12 +33,16 @@ from aiockpt.protocol.star import (
     StarMessage,
     Verdict,
     WantBody,
+    WantDetails,
     Written,
 )
 
-__all__ = ["Hub"]
+__all__ = ["SILENT_RETURN_SECONDS", "Hub"]
 
 
+SILENT_RETURN_SECONDS = 5.0
+"""For the next worker of a rank that was silent, in place of ``return_timeout``: it starts in less than one, and in two
+or three on a host that is busy."""
 _REMEMBERED = 1024
 """Outcomes that are kept, for members that come late: one that is further behind is not missed but lost."""
 
@@ -75,14 +82,19 @@ class Hub:
         self._joined: set[int] = set()
         self._away = dict.fromkeys(range(world), now)
         self._gone: dict[int, str] = {}
-        self._in_use: dict[int, int] = {}
-        """By rank: the save whose slot it has not given back."""
+        self._owed: dict[int, set[int]] = {}
+        """By taken save: the ranks whose slot it has, or will have once they call it."""
         self._known: dict[int, OpenCall] = {}
         self._ends: dict[int, End] = {}
         """Of saves that an earlier hub decided, as members tell."""
         self._waiting_for_all = not is_first
         self._early: list[tuple[int, Arrive]] = []
         self._out: list[Output] = []
+
+    @property
+    def gone(self) -> Mapping[int, str]:
+        """By rank: why it takes part in nothing any more."""
+        return self._gone
 
     # ---- members come and go
 
@@ -92,22 +104,39 @@ class Hub:
         self._joined.add(rank)
         self._away.pop(rank, None)
         self._gone.pop(rank, None)
+        self._settle(rank)
         if member.slot_of is not None:
-            self._in_use[rank] = member.slot_of
+            self._owed.setdefault(member.slot_of, set()).add(rank)
         self._ends |= {call.n: call.end for call in member.ended_calls}
+        for ended in member.ended_calls:
+            call = self._calls.get(ended.n)
+            if ended.end == "failed" and call is not None:
+                self._fail(call, disagreements.given_up(rank, member.why), rank=rank, phase="write")
         if (open_call := member.open_call) is not None:
             known = self._known.get(open_call.n)
             if known is None or known.attempt < open_call.attempt:
                 self._known[open_call.n] = open_call
+        if member.why:  # its Leave follows, and others may arrive in between
+            self._leave(rank, member.why)
         self._decide_early(now)
         return self._take()
 
-    def lost(self, rank: int, now: float) -> list[Output]:
-        """The connection to ``rank`` broke: its worker died, or its host. Another worker may come."""
+    def lost(self, rank: int, now: float, *, is_silent: bool = False) -> list[Output]:
+        """The connection to ``rank`` broke: its worker died, or its host. Another worker may come.
+
+        Args:
+            rank: Whose it was.
+            now: The hub's clock.
+            is_silent: Nothing had come from it for long, so its own trainer has replaced the worker by now, or is not
+                there either: it is waited for a little only.
+        """
         if rank in self._joined:
             self._joined.discard(rank)
             if rank not in self._gone:
-                self._away[rank] = now
+                waited = 0.0
+                if is_silent and self._return_timeout is not None:
+                    waited = max(0.0, self._return_timeout - SILENT_RETURN_SECONDS)
+                self._away[rank] = now - waited
             self._wanted = {digest: asked for digest, asked in self._wanted.items() if asked != rank}
             for call in self._open():
                 if rank in call.arrived and rank not in call.written:
@@ -118,8 +147,9 @@ class Hub:
     def _leave(self, rank: int, why: str) -> None:
         self._gone[rank] = why
         for call in self._open():
-            # The plan of a rank that has written everything may still be missing.
-            if rank not in call.written or not call.has_plan_of(rank, self._bodies):
+            # The plan of a rank that has written everything may still be missing, and so may its details.
+            is_needed = not call.has_plan_of(rank, self._bodies) or call.lacks_details_of(rank)
+            if rank not in call.written or is_needed:
                 self._fail(call, disagreements.gone(rank, why), rank=rank, phase=_phase_of(call, rank))
 
     # ---- what members say
@@ -134,13 +164,14 @@ class Hub:
                     self._arrive(rank, message, now)
             case Written():
                 self._written(rank, message)
+            case Details():
+                self._take_details(rank, message)
             case GiveUp():
                 call = self._calls.get(message.n)
-                if call is not None and rank in call.arrived:
+                if call is not None and rank in call.arrived and message.attempt in (None, call.attempt):
                     self._fail(call, message.error, rank=rank, phase=message.error.phase)
             case Credit():
-                if self._in_use.get(rank) == message.n:
-                    del self._in_use[rank]
+                self._settle(rank, message.n + 1)
             case Body():
                 if self._wanted.pop(message.digest, None) is not None:
                     self._bodies[message.digest] = message.body
@@ -162,8 +193,10 @@ class Hub:
         call = self._calls.get(arrive.n)
         if call is None:
             call = self._calls[arrive.n] = self._decide(rank, arrive, now)
-        if call.verdict == "take" and arrive.refused is None:
-            self._in_use[rank] = call.n
+        if arrive.refused is not None:
+            self._settle(rank, call.n + 1, since=call.n)
+        elif not arrive.is_busy:
+            self._settle(rank, call.n)  # a rank has one slot
         if call.is_open:
             call.arrive(rank, arrive)
         if call.verdict != "take":
@@ -172,6 +205,8 @@ class Hub:
             self._out.append(Tell((rank,), call.ended))
         elif arrive.refused is not None:
             self._fail(call, arrive.refused, rank=rank, phase="save")
+        elif arrive.is_busy:
+            self._fail(call, disagreements.no_slot(rank), rank=rank, phase="save")
         elif arrive.arguments != call.arguments:
             said = disagreements.differ(call.n, call.first_rank, call.arguments, rank, arrive.arguments)
             self._fail(call, said, rank=rank, phase="save")
@@ -182,14 +217,20 @@ class Hub:
         self._forget_old(arrive.n)
         arguments = arrive.arguments
         verdict: Verdict = "take"
-        if arguments.when_busy != "wait" and self._in_use:
+        # A rank that joined in the midst of this very call has its slot for it.
+        is_taken = arrive.is_busy or any(n < arrive.n for n in self._owed)
+        if arguments.when_busy != "wait" and is_taken:
             verdict = "skip" if arguments.when_busy == "skip" else "busy"
         call = Call(arrive.n, arguments, rank, now, verdict)
         known, end = self._known.pop(arrive.n, None), self._ends.get(arrive.n)
         if end == "skip" or end == "busy":
             call.verdict = end
         elif end == "failed" or (known is None and arrive.n < min(self._ends, default=0)):
-            call.ended = Ended(n=call.n, error=disagreements.failed_before())
+            gone = min(self._gone, default=None)
+            error = disagreements.failed_before() if gone is None else disagreements.gone(gone, self._gone[gone])
+            call.ended = Ended(n=call.n, error=error)
+            if known is not None:  # and no hub that lives will ever publish what the ranks have written of it
+                self._out.append(Drop(call.n, arguments.step, known.save_id, known.attempt))
         elif known is not None:  # taken by an earlier hub
             call.verdict, call.phase = "take", Phase.MAKING
             call.save_id, call.attempt = known.save_id, known.attempt + 1
@@ -198,9 +239,17 @@ class Hub:
             gone = min(self._gone)
             call.ended = Ended(n=call.n, error=disagreements.gone(gone, self._gone[gone]))
         elif verdict == "take" and arrive.refused is None:
+            self._owed[call.n] = set(range(self._world))
             call.phase, call.save_id = Phase.MAKING, self._new_id()
             self._out.append(MakeAttempt(call.n, arguments.step, call.save_id, 0))
         return call
+
+    def _settle(self, rank: int, before: float = math.inf, *, since: int = 0) -> None:
+        """No save with a number from ``since`` and below ``before`` has the slot of this rank."""
+        for n in [n for n, ranks in self._owed.items() if since <= n < before and rank in ranks]:
+            self._owed[n].discard(rank)
+            if not self._owed[n]:
+                del self._owed[n]
 
     def _open_for(self, call: Call, rank: int) -> None:
         if call.phase is Phase.COMMITTING:
@@ -211,13 +260,15 @@ class Hub:
                 self._retry(call)
         elif call.phase is Phase.OPEN and rank not in call.written:  # else its files are durable already
             self._tell_verdict(call, (rank,))
+        if call.lacks_details_of(rank):
+            self._out.append(Tell((rank,), WantDetails(n=call.n)))
+        if call.extra is not None:
+            self._tell_fits(call, (rank,))
         self._check_plans(call)
 
     def _retry(self, call: Call) -> None:
         """All ranks write again from their snapshots: the dead worker's files may still change."""
-        call.attempt += 1
-        call.written.clear()
-        call.phase = Phase.MAKING
+        call.begin_again()
         self._out.append(MakeAttempt(call.n, call.arguments.step, call.save_id, call.attempt))
 
     def _written(self, rank: int, message: Written) -> None:
@@ -225,13 +276,23 @@ class Hub:
         if call is None or call.phase is not Phase.OPEN or message.attempt != call.attempt:
             return
         call.written[rank] = message
-        if len(call.written) < self._world:
+        self._want_details(call)
+
+    def _want_details(self, call: Call) -> None:
+        """Once all have written, ask for what they have said sums of: one rank for each sum."""
+        if call.extra is None or call.phase is not Phase.OPEN or len(call.written) < self._world:
             return
-        if (found := call.unequal()) is not None:
-            what, first, other = found
-            self._fail(call, disagreements.unequal(what, first, other), rank=other, phase="write")
+        call.witnesses = call.find_witnesses()
+        self._out.append(Tell(call.witnesses, WantDetails(n=call.n)))
+
+    def _take_details(self, rank: int, message: Details) -> None:
+        call = self._calls.get(message.n)
+        if call is None or call.phase is not Phase.OPEN or rank not in call.witnesses:
             return
-        self._commit_if_ready(call)
+        call.details[rank] = message
+        if len(call.details) == len(call.witnesses) and not call.is_comparing:
+            call.is_comparing = True
+            self._out.append(Compare(call.n, call.attempt, call.sorted_ranks(), call.details))
 
     def _check_plans(self, call: Call) -> None:
         if call.is_checking or call.ended is not None:
@@ -249,21 +310,12 @@ class Hub:
     def _bodies_of(self, call: Call) -> dict[str, bytes]:
         return {digest: self._bodies[digest] for digest in call.ranks_of}
 
-    def _commit_if_ready(self, call: Call) -> None:
-        if call.plans_fit and call.phase is Phase.OPEN and len(call.written) == self._world:
-            call.phase = Phase.COMMITTING
-            self._out.append(Tell(tuple(sorted(call.arrived)), Committing(n=call.n)))
-            self._out.append(
-                Commit(
-                    call.n,
-                    call.arguments,
-                    call.save_id,
-                    call.attempt,
-                    call.sorted_ranks(),
-                    self._bodies_of(call),
-                    call.written,
-                )
-            )
+    def _tell_fits(self, call: Call, ranks: tuple[int, ...]) -> None:
+        extra = call.extra or {}
+        for rank in ranks:
+            if rank in extra:
+                self._out.append(Tell((rank,), Fits(n=call.n, extra=extra[rank])))
+        self._out.append(Tell(tuple(rank for rank in ranks if rank not in extra), Fits(n=call.n)))
 
     # ---- answers to what was to be done
 
@@ -272,7 +324,7 @@ class Hub:
         call = self._calls.get(n)
         if call is not None and call.ended is None:
             if found is not None:
-                self._end(call, found)
+                self._end(call, _by_rank_0(found, "write"))
             else:
                 self._out.append(MakeAttempt(n, call.arguments.step, call.save_id, call.attempt))
         return self._take()
@@ -283,28 +335,52 @@ class Hub:
         if call is None or call.ended is not None or made.attempt != call.attempt:
             self._out.append(Drop(made.n, made.step, made.save_id, made.attempt))
         elif error is not None:
-            self._fail(call, error, rank=None, phase="write")
+            self._out.append(Drop(made.n, made.step, made.save_id, made.attempt))  # what of it stands
+            self._fail(call, error, rank=0, phase="write")
         else:
             call.phase = Phase.OPEN
             self._tell_verdict(call, tuple(sorted(call.arrived)))
         return self._take()
 
-    def checked(self, n: int, error: WireError | None, rank: int | None = None) -> list[Output]:
-        """The plans of all ranks fit each other, or they do not."""
+    def checked(
+        self, n: int, error: WireError | None, rank: int | None = None, extra: dict[int, list[str]] | None = None
+    ) -> list[Output]:
+        """The plans of all ranks fit each other, or they do not.
+
+        Args:
+            n: The save.
+            error: What does not fit.
+            rank: Who is to blame, if one is.
+            extra: By rank the folders of undeclared tensors that it writes, where it writes any.
+        """
         call = self._calls.get(n)
         if call is not None and call.ended is None:
             if error is not None:
                 self._fail(call, error, rank=rank, phase="plan")
             else:
-                call.plans_fit = True
-                self._commit_if_ready(call)
+                call.extra = extra or {}
+                self._tell_fits(call, tuple(sorted(call.arrived)))
+                self._want_details(call)
+        return self._take()
+
+    def compared(self, n: int, attempt: int, error: WireError | None) -> list[Output]:
+        """What must be equal on several ranks is, or is not."""
+        call = self._calls.get(n)
+        if call is None or call.phase is not Phase.OPEN or call.attempt != attempt:
+            return self._take()
+        if error is not None:
+            self._fail(call, error, rank=None, phase="write")
+        else:
+            call.phase = Phase.COMMITTING
+            self._out.append(Tell(tuple(sorted(call.arrived)), Committing(n=n)))
+            self._out.append(Commit(n, call.arguments, call.save_id, call.attempt, call.written))
         return self._take()
 
     def committed(self, n: int, outcome: Ended) -> list[Output]:
         """The commit succeeded, failed or has an unknown end; what it is, the worker found out."""
         call = self._calls.get(n)
         if call is not None and call.ended is None:
-            self._end(call, outcome)
+            self._end(call, _by_rank_0(outcome, "commit"))
         return self._take()
 
     # ---- time
@@ -315,7 +391,7 @@ class Hub:
             for rank, since in list(self._away.items()):
                 if now - since >= self._return_timeout:
                     del self._away[rank]
-                    self._leave(rank, f"no worker of it was there for {self._return_timeout:g} s")
+                    self._leave(rank, "its worker, or its host, is away, and no other worker of it came in time")
             self._decide_early(now)
         for call in self._open():
             if call.phase is Phase.COMMITTING:
@@ -389,6 +465,13 @@ class Hub:
             for output in out
             if not isinstance(output, Tell) or (ranks := tuple(rank for rank in output.ranks if rank in self._joined))
         ]
+
+
+def _by_rank_0(outcome: Ended, phase: str) -> Ended:
+    """Say whose work it was that failed: the run directory is rank 0's."""
+    if outcome.error is None:
+        return outcome
+    return msgspec.structs.replace(outcome, error=msgspec.structs.replace(outcome.error, rank=0, phase=phase))
 
 
 def _phase_of(call: Call, rank: int) -> str:

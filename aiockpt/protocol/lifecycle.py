@@ -52,8 +52,21 @@ TRANSITIONS: dict[SaveState, dict[SaveEvent, SaveState]] = {
         E.WORKER_DIED: S.PLANNED,
     },
     # A worker's death leaves STAGING: the trainer goes on copying, the next worker is told what is staged.
-    S.STAGING: {E.STAGING_DONE: S.STAGED, E.FAIL: S.FAILED, E.CANCEL: S.CANCELLED, E.WORKER_DIED: S.STAGING},
-    S.STAGED: {E.FILES_DURABLE: S.WRITTEN, E.FAIL: S.FAILED, E.CANCEL: S.CANCELLED, E.WORKER_DIED: S.STAGED},
+    # With several ranks a copy begins before all have decided, and may turn out to be skipped.
+    S.STAGING: {
+        E.STAGING_DONE: S.STAGED,
+        E.SKIP: S.SKIPPED,
+        E.FAIL: S.FAILED,
+        E.CANCEL: S.CANCELLED,
+        E.WORKER_DIED: S.STAGING,
+    },
+    S.STAGED: {
+        E.FILES_DURABLE: S.WRITTEN,
+        E.SKIP: S.SKIPPED,
+        E.FAIL: S.FAILED,
+        E.CANCEL: S.CANCELLED,
+        E.WORKER_DIED: S.STAGED,
+    },
     # After a look whether step-N has the id: if it has, COMMIT_DONE comes first.
     S.WRITTEN: {E.COMMIT_BEGUN: S.COMMITTING, E.FAIL: S.FAILED, E.CANCEL: S.CANCELLED, E.WORKER_DIED: S.STAGED},
     # No CANCEL from here: the rename may already have happened.

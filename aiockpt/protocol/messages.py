@@ -5,9 +5,10 @@ Messages never carry tensors: those lie in the arena, and a message names byte r
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
 import msgspec
+
+from aiockpt.protocol.star import EndedCall, OpenCall, StarMessage, Verdict, WhenBusy
+from aiockpt.protocol.terms import Count, Seconds, WireError
 
 __all__ = [
     "MAGIC",
@@ -20,63 +21,33 @@ __all__ = [
     "Closed",
     "Committed",
     "EndStaging",
+    "Enlist",
+    "Enlisted",
     "Failed",
     "FileImage",
+    "FromHub",
     "Hello",
     "Message",
+    "NoHub",
+    "Opened",
     "Progress",
+    "RankCall",
     "Ready",
     "Reserve",
     "Reserved",
     "Setup",
     "SlotFree",
     "Staged",
+    "ToHub",
     "WireError",
 ]
 
 MAGIC = "aiockpt"
 PROTOCOL_VERSION = 1
 
-Count = Annotated[int, msgspec.Meta(ge=0)]
-"""A number, offset or size; a negative one is refused when it is decoded, before it can index anything."""
-Seconds = Annotated[float, msgspec.Meta(ge=0)]
-
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag_field="is"):
     pass
-
-
-class WireError(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """An error as data; the coordinator makes the exception from ``kind``."""
-
-    kind: Literal[
-        "storage",
-        "memory",
-        "fenced",
-        "exists",
-        "cancelled",
-        "config",
-        "unknown_commit",
-        "internal",
-        "peer",
-        "mismatch",
-        "timeout",
-    ]
-    what: str
-    why: str = ""
-    next: str = ""
-    errno: int | None = None
-    path: str | None = None
-    traceback: str = ""
-    """Of an internal error, for the log."""
-    rank: int | None = None
-    """On which rank it was met, where there are several; None where no single one is to blame."""
-    phase: str = ""
-    """What that rank was doing."""
-    keys: list[str] = []
-    """Of a mismatch: the dotted names that it is about."""
-    ranks: list[int] = []
-    """Of a mismatch: the ranks that differ."""
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -90,6 +61,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Seconds to finish a staged save after the trainer's death; None is no limit."""
     beat_interval: Seconds
     """Seconds between two beats."""
+    rank: Count = 0
+    """Above 0 the run is taken by another trainer: it is opened with ``Enlist``, and never swept or published to."""
 
 
 class Hello(_Message, tag="hello", frozen=True, kw_only=True, gc=False):
@@ -137,6 +110,27 @@ class FileImage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Where in the header the fixed-width block checksums stand; 0 for a plain file."""
 
 
+class RankCall(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What a save has beside, where there are several ranks; see ``star``."""
+
+    n: Count
+    """Call number, the same on all ranks."""
+    overwrite: bool
+    """As the user said; what stands on an abandoned branch aside."""
+    when_busy: WhenBusy
+    timeout: Seconds | None
+    digest: str
+    """Of the plan."""
+    extra_files: list[Count] = []
+    """Indices of the files of undeclared tensors."""
+    extra_keys: list[str] = []
+    """Of each of them the key of the state that its tensors stand under; empty for those at the very top."""
+    own: bytes = b""
+    """What this rank has for itself: JSON of a ``format.manifest.Plan``."""
+    opened: OpenCall | None = None
+    """What an earlier worker heard of it."""
+
+
 class BeginSave(_Message, tag="begin", frozen=True, kw_only=True, gc=False):
     """Open an attempt. The trainer sends no second one before SlotFree of the first."""
 
@@ -153,6 +147,9 @@ class BeginSave(_Message, tag="begin", frozen=True, kw_only=True, gc=False):
     plan_nbytes: Count
     prune: list[str] = []
     """Directory names in the run that retention removes once this save is committed."""
+    call: RankCall | None = None
+    """With several ranks; then ``save_id`` and ``attempt`` are words between trainer and worker alone, those in names
+    of directories are the hub's."""
 
 
 class Staged(_Message, tag="staged", frozen=True, kw_only=True, gc=False):
@@ -172,12 +169,49 @@ class EndStaging(_Message, tag="end", frozen=True, kw_only=True, gc=False):
     """JSON array of the encoded values, see ``format.values``."""
     metadata: bytes
     """JSON of the user's encoded metadata."""
+    own_values: bytes = b"[]"
+    """JSON array of the encoded values that this rank has for itself."""
+    probes: dict[str, dict[str, str]] = {}
+    """See ``star.Details``."""
 
 
 class Cancel(_Message, tag="cancel", frozen=True, kw_only=True, gc=False):
     """Give the save up if it is not COMMITTING yet."""
 
     save_id: str
+    error: WireError | None = None
+    """With several ranks: what the others are told."""
+    is_unheard: bool = False
+    """With several ranks: no worker of this rank has ever been in, so no hub knows of the save."""
+
+
+class Enlist(_Message, tag="enlist", frozen=True, kw_only=True, gc=False):
+    """Take part in the star of a job; sent to each worker, and again where another hub is to be asked.
+
+    Carries one descriptor on rank 0: the listener, which the trainer keeps.
+    """
+
+    rank: Count
+    world: Count
+    member: str
+    """Of this trainer, see ``star.Join``."""
+    host: str
+    port: Count
+    token: bytes
+    is_first: bool
+    """Whether this is the first worker of rank 0."""
+    stall_timeout: Seconds | None
+    arrival_timeout: Seconds | None
+    return_timeout: Seconds | None
+    ended_calls: list[EndedCall] = []
+    slot_of: Count | None = None
+    fds: Count = 0
+
+
+class ToHub(_Message, tag="to_hub", frozen=True, kw_only=True, gc=False):
+    """To be said on the star; dropped where this rank is not in."""
+
+    message: StarMessage
 
 
 class Close(_Message, tag="close", frozen=True, kw_only=True, gc=False):
@@ -245,6 +279,33 @@ class Beat(_Message, tag="beat", frozen=True, kw_only=True, gc=False):
     """The file operation under way that began first, or empty."""
 
 
+class Enlisted(_Message, tag="enlisted", frozen=True, kw_only=True, gc=False):
+    """This rank is in: what it had said to the hub by ``ToHub`` and got no answer to is to be said again."""
+
+
+class NoHub(_Message, tag="no_hub", frozen=True, kw_only=True, gc=False):
+    """The run directory is not the others', the hub does not take this rank, or none was there for too long.
+
+    Of these only the last may mend itself; then ``Enlisted`` follows.
+    """
+
+    error: WireError
+
+
+class FromHub(_Message, tag="from_hub", frozen=True, kw_only=True, gc=False):
+    """The hub said something that is for the trainer."""
+
+    message: StarMessage
+
+
+class Opened(_Message, tag="opened", frozen=True, kw_only=True, gc=False):
+    """The hub's decision on a save; with ``take`` under which id and attempt it is written."""
+
+    save_id: str
+    verdict: Verdict
+    opened: OpenCall | None = None
+
+
 class Closed(_Message, tag="closed", frozen=True, kw_only=True, gc=False):
     """Last frame before the worker ends."""
 
@@ -257,6 +318,8 @@ Message = (
     | Staged
     | EndStaging
     | Cancel
+    | Enlist
+    | ToHub
     | Close
     | Ready
     | Reserved
@@ -265,5 +328,9 @@ Message = (
     | Failed
     | SlotFree
     | Beat
+    | Enlisted
+    | NoHub
+    | FromHub
+    | Opened
     | Closed
 )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from aiockpt.protocol.star import Arguments, StarMessage, Written
+from aiockpt.protocol.star import Arguments, Details, StarMessage, Written
 
-__all__ = ["CheckPlans", "Commit", "Drop", "Look", "MakeAttempt", "Output", "Tell"]
+__all__ = ["CheckPlans", "Commit", "Compare", "Drop", "Look", "MakeAttempt", "Order", "Output", "Tell"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,17 @@ class CheckPlans:
 
 
 @dataclass(frozen=True, slots=True)
+class Compare:
+    """See that what must be equal on several ranks is; answer by ``compared``."""
+
+    n: int
+    attempt: int
+    ranks_of: dict[str, tuple[int, ...]]
+    details: dict[int, Details]
+    """By rank: of one rank for each sum that was said."""
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
     """Write the manifest and publish; answer by ``committed``."""
 
@@ -54,8 +65,6 @@ class Commit:
     arguments: Arguments
     save_id: str
     attempt: int
-    ranks_of: dict[str, tuple[int, ...]]
-    bodies: dict[str, bytes]
     written: dict[int, Written]
 
 
@@ -69,4 +78,6 @@ class Drop:
     attempt: int
 
 
-Output = Tell | Look | MakeAttempt | CheckPlans | Commit | Drop
+Order = Look | MakeAttempt | CheckPlans | Compare | Commit | Drop
+"""What rank 0 does in the run directory."""
+Output = Tell | Order

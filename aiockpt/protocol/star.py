@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 from aiockpt.format.manifest import FileRecord
-from aiockpt.protocol.messages import Count, Seconds, WireError
+from aiockpt.protocol.terms import Count, Seconds, WireError
 
 __all__ = [
     "Agreed",
@@ -21,26 +21,32 @@ __all__ = [
     "Arguments",
     "Arrive",
     "AskSave",
+    "Attend",
     "Body",
     "Committing",
     "Credit",
+    "Details",
     "Dropped",
     "End",
     "Ended",
     "EndedCall",
+    "Fits",
     "GiveUp",
     "HowFar",
     "Join",
     "Leave",
     "MemberBeat",
+    "Met",
     "Open",
     "OpenCall",
     "Pace",
     "Propose",
+    "Recall",
     "Refused",
     "StarMessage",
     "Verdict",
     "WantBody",
+    "WantDetails",
     "Welcome",
     "Written",
 ]
@@ -81,11 +87,15 @@ class Join(_StarMessage, tag="join", frozen=True, kw_only=True, gc=False):
     rank: Count
     world: Count
     package: str
+    member: str = ""
+    """Of the trainer, the same for all of its workers: a worker of another job is known by it."""
     open_call: OpenCall | None = None
     ended_calls: list[EndedCall] = []
     """The last ones, at most 64: other ranks may not have heard of them yet."""
     slot_of: Count | None = None
     """The save that has this rank's slot."""
+    why: str = ""
+    """Of a rank that comes to say that it leaves: the reason, also of the saves that it has ended."""
 
 
 class Arguments(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -106,6 +116,8 @@ class Arrive(_StarMessage, tag="arrive", frozen=True, kw_only=True, gc=False):
     """Of the rank's plan; empty where it was ``refused``."""
     refused: WireError | None = None
     """Why ``save`` raised on this rank: the call counts, and fails everywhere."""
+    is_busy: bool = False
+    """This rank had no free slot, and has skipped it. The save that has the slot may not have been told yet."""
 
 
 class Body(_StarMessage, tag="body", frozen=True, kw_only=True, gc=False):
@@ -125,16 +137,37 @@ class Written(_StarMessage, tag="written", frozen=True, kw_only=True, gc=False):
     """xxh3-128 of the values that must be equal on all ranks."""
     tensors_sum: str = ""
     """Likewise of the undeclared tensors."""
+    probes: dict[str, str] = {}
+    """By group of ranks that hold the same: xxh3-64 of samples of what is declared to be replicated."""
+    own: bytes = b""
+    """What is this rank's own: JSON of a ``format.manifest.Plan``; empty where that is nothing."""
     rank_values: bytes = b"[]"
     """JSON array of the values that are this rank's own."""
 
 
-class GiveUp(_StarMessage, tag="give_up", frozen=True, kw_only=True, gc=False):
+class Details(_StarMessage, tag="details", frozen=True, kw_only=True, gc=False):
+    """The answer to WantDetails: what a rank has said sums of."""
+
+    n: Count
+    values: bytes
+    """JSON array of the values that must be equal on all ranks."""
+    metadata: bytes = b"null"
+    """JSON of the user's encoded metadata."""
+    sums: dict[str, str] = {}
+    """By dotted name: xxh3-64 of an undeclared tensor."""
+    probes: dict[str, dict[str, str]] = {}
+    """By group, then by dotted name."""
+
+
+class GiveUp(_StarMessage, tag="give_up", frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """The save cannot be on this rank, or its user cancels it: it ends on all ranks, unless it is COMMITTING."""
 
     n: Count
     error: WireError
     """With its phase; the hub adds the rank."""
+    attempt: Count | None = None
+    """Which one failed; where another is under way by now that says nothing, as the old one was moved away from under
+    its writers. None is the save as a whole."""
 
 
 class Credit(_StarMessage, tag="credit", frozen=True, kw_only=True, gc=False):
@@ -163,7 +196,7 @@ class AgreedStep(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """At the first step from this one on for which a rank asks whether a save is due, one is."""
 
     step: Count
-    reason: str
+    reasons: list[str]
 
 
 class Pace(_StarMessage, tag="pace", frozen=True, kw_only=True, gc=False):
@@ -185,6 +218,37 @@ class Answer(_StarMessage, tag="answer", frozen=True, kw_only=True, gc=False):
 
     round: Count
     accepts: bool
+
+
+class Attend(_StarMessage, tag="attend", frozen=True, kw_only=True, gc=False):
+    """This rank has come to a meeting: it waits there until all have. Said again after a loss, or with an error."""
+
+    meeting: str
+    """The same on all ranks, and never used twice in a job."""
+    claim: str
+    """What must be the same on all ranks, for people."""
+    word: bytes = b""
+    """Rank 0's is what all are told."""
+    error: WireError | None = None
+    """Why this rank does not go on: the meeting ends with it on all ranks. The hub adds the rank."""
+
+
+class Met(_StarMessage, tag="met", frozen=True, kw_only=True, gc=False):
+    """How a meeting ended: all ranks have come where there is no ``error``."""
+
+    meeting: str
+    word: bytes = b""
+    error: WireError | None = None
+    """With the rank that had it, or is to blame, where there is one."""
+
+
+class Recall(_StarMessage, tag="recall", frozen=True, kw_only=True, gc=False):
+    """How the last meetings ended, as this rank was told; said behind every ``Welcome``, before all about meetings.
+
+    Other ranks may not have heard of them, and this hub neither.
+    """
+
+    mets: list[Met]
 
 
 # ---- hub to member
@@ -218,6 +282,20 @@ class WantBody(_StarMessage, tag="want_body", frozen=True, kw_only=True, gc=Fals
     digest: str
 
 
+class Fits(_StarMessage, tag="fits", frozen=True, kw_only=True, gc=False):
+    """The plans of all ranks fit each other."""
+
+    n: Count
+    extra: list[str] = []
+    """Folders in which this rank is the one that writes its undeclared tensors: no lower rank has them all."""
+
+
+class WantDetails(_StarMessage, tag="want_details", frozen=True, kw_only=True, gc=False):
+    """All have written; this rank is to say what its sums are of."""
+
+    n: Count
+
+
 class Committing(_StarMessage, tag="committing", frozen=True, kw_only=True, gc=False):
     """All is written and the plans fit: too late for a cancel."""
 
@@ -231,6 +309,8 @@ class Ended(_StarMessage, tag="ended", frozen=True, kw_only=True, gc=False):
     path: str = ""
     nbytes: Count = 0
     timings: dict[str, float] = {}
+    pruned: list[str] = []
+    """Checkpoints that retention removed."""
     error: WireError | None = None
 
 
@@ -262,6 +342,7 @@ StarMessage = (
     | Arrive
     | Body
     | Written
+    | Details
     | GiveUp
     | Credit
     | MemberBeat
@@ -270,6 +351,8 @@ StarMessage = (
     | Refused
     | Open
     | WantBody
+    | Fits
+    | WantDetails
     | Committing
     | Ended
     | AskSave
@@ -279,4 +362,7 @@ StarMessage = (
     | Propose
     | Agreed
     | Dropped
+    | Attend
+    | Met
+    | Recall
 )

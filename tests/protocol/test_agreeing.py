@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from aiockpt.protocol.agreeing import Agreement, Pacer, Pause
 from aiockpt.protocol.orders import Tell
-from aiockpt.protocol.star import StarMessage
+from aiockpt.protocol.star import AskSave, StarMessage
 
 
 class Trainer:
@@ -33,7 +33,7 @@ class Trainer:
         if reason is not None:
             self.saves.append(self.step)
             self.reasons.append(str(reason))
-            self.pacer.saved(self.step)
+            self.pacer.saved()
         self.step += 1
         return True
 
@@ -116,6 +116,59 @@ def test_two_ranks_that_ask_get_one_save() -> None:
     job.trainers[1].ask("SIGTERM")
     job.run_to(20)
     assert [len(trainer.saves) for trainer in job.trainers] == [1] * 3
+    assert [trainer.reasons for trainer in job.trainers] == [["10 minutes, SIGTERM"]] * 3
+
+
+def test_what_is_asked_for_after_the_verdict_is_not_swallowed_by_it() -> None:
+    """Whoever leaves at SIGTERM must be told of it, on all ranks; the agreed step still has the earlier reason."""
+    job = Job(3)
+    job.trainers[0].ask("10 minutes")
+    job.settle()
+    job.trainers[2].ask("SIGTERM")
+    job.run_to(20)
+    assert [trainer.reasons for trainer in job.trainers] == [["10 minutes", "SIGTERM"]] * 3
+    assert job.trainers[0].saves == job.trainers[1].saves == job.trainers[2].saves
+
+
+def test_what_an_agreed_step_serves_already_gets_no_other_one() -> None:
+    job = Job(2)
+    job.trainers[0].ask("SIGTERM")
+    job.settle()
+    job.trainers[1].ask("SIGTERM")
+    job.run_to(20)
+    assert [trainer.reasons for trainer in job.trainers] == [["SIGTERM"]] * 2
+
+
+def test_reasons_stand_until_a_save_is_called_for_them() -> None:
+    """Several in one text; a save that nobody was given them for serves none."""
+    job = Job(1)
+    (trainer,) = job.trainers
+    job.settle()
+    for reason in ("one", "two", "one"):
+        trainer.ask(reason)
+        job.settle()
+    trainer.pacer.saved()
+    assert trainer.pacer.due(100) == trainer.pacer.due(101) == "one, two"
+    trainer.pacer.saved()
+    assert trainer.pacer.due(102) is None
+
+
+def test_more_reasons_than_one_step_has_room_for() -> None:
+    job = Job(40)
+    for rank, trainer in enumerate(job.trainers):
+        trainer.ask(f"rank {rank}")
+    job.run_to(60)
+    assert {", ".join(trainer.reasons) for trainer in job.trainers} == {", ".join(f"rank {rank}" for rank in range(40))}
+    assert len(job.trainers[0].saves) == 3
+
+
+def test_a_new_hub_is_told_again() -> None:
+    """While nothing is agreed on for it, and no longer."""
+    job = Job(2)
+    job.trainers[1].ask("SIGTERM")
+    assert job.trainers[1].pacer.pending() == [AskSave(reason="SIGTERM")]
+    job.settle()
+    assert job.trainers[1].pacer.pending() == []
 
 
 def test_nobody_waits_where_nothing_was_proposed() -> None:
@@ -204,6 +257,7 @@ class AnyOrder(RuleBasedStateMachine):
         job.settle()
         job.run_to(job.trainers[0].step + 300)
         assert job.trainers[0].saves == job.trainers[1].saves == job.trainers[2].saves
+        assert job.trainers[0].reasons == job.trainers[1].reasons == job.trainers[2].reasons
         if self.asked_at >= 0:
             assert job.trainers[0].saves
             assert max(job.trainers[0].saves) >= self.asked_at

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -14,15 +15,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from aiockpt.protocol.hub import Hub
 from aiockpt.protocol.messages import WireError
-from aiockpt.protocol.orders import CheckPlans, Commit, Drop, Look, MakeAttempt, Output, Tell
+from aiockpt.protocol.orders import CheckPlans, Commit, Compare, Drop, Look, MakeAttempt, Output, Tell
 from aiockpt.protocol.star import (
     Arguments,
     Arrive,
     Body,
     Committing,
     Credit,
+    Details,
     Ended,
     EndedCall,
+    Fits,
     GiveUp,
     Join,
     Leave,
@@ -30,6 +33,7 @@ from aiockpt.protocol.star import (
     OpenCall,
     StarMessage,
     WantBody,
+    WantDetails,
     Written,
 )
 
@@ -94,6 +98,8 @@ class Member:
                 self.end(n, "committed" if error is None else "failed")
             case WantBody(digest=digest):
                 self.say(Body(digest=digest, body=b""))
+            case WantDetails(n=n) if self.arrival is not None and n == self.arrival.n:
+                self.say(Details(n=n, values=b"[]"))
 
     def end(self, n: int, end: str) -> None:
         assert n not in self.ends
@@ -186,6 +192,8 @@ class Job:
                 self.do(self.hub.made(order, error))
             case CheckPlans(n):
                 self.do(self.hub.checked(n, error))
+            case Compare(n, attempt):
+                self.do(self.hub.compared(n, attempt, error))
             case Commit() as order:
                 key = order.n, order.save_id, order.attempt
                 assert key in self.attempts
@@ -200,6 +208,17 @@ class Job:
                     self.do(self.hub.committed(order.n, Ended(n=order.n, error=error)))
             case Drop(n, _, save_id, attempt):
                 self.attempts.discard((n, save_id, attempt))
+
+    def up_to_commit(self) -> None:
+        """Let everything happen up to a commit, which is what the hub wants next then."""
+        while not (self.orders and isinstance(self.orders[0], Commit)):
+            if self.orders:
+                self.work()
+            for member in self.members:
+                while member.inbox and not isinstance(member.inbox[0], Committing):
+                    member.hear(member.inbox.popleft())
+                while member.outbox:
+                    self.hear(member)
 
     def settle(self) -> None:
         """Let everything happen that is under way."""
@@ -269,6 +288,50 @@ def test_skip_is_decided_by_credits_at_the_first_arrival() -> None:
     assert job.end_of(2) == "committed"
 
 
+def new_hub(*slots: int | None) -> Hub:
+    """Return a hub that ranks with these slots have joined."""
+    hub = Hub(len(slots), new_id=lambda: "id", arrival_timeout=None, return_timeout=None, now=0.0)
+    for rank, slot in enumerate(slots):
+        hub.join(Join(rank=rank, world=len(slots), package="", slot_of=slot), 0.0)
+    return hub
+
+
+def skipping(n: int, **more: Any) -> Arrive:
+    return Arrive(n=n, arguments=Arguments(step=n, when_busy="skip"), **more)
+
+
+def test_who_joins_in_the_midst_of_a_call_has_its_slot_for_it() -> None:
+    hub = new_hub(0, 0)
+    assert any(isinstance(order, MakeAttempt) for order in hub.hear(0, skipping(0, digest="a"), 0.0))
+    assert Tell((0,), Open(n=1, verdict="skip")) in hub.hear(0, skipping(1, is_busy=True), 0.0)
+
+
+def test_a_rank_that_has_skipped_is_busy_whatever_the_hub_has_heard() -> None:
+    """Its save before is waiting for memory, and has not been told."""
+    hub = new_hub(None, None)
+    assert hub.hear(1, skipping(1, is_busy=True), 0.0) == [Tell((1,), Open(n=1, verdict="skip"))]
+    assert any(isinstance(order, MakeAttempt) for order in hub.hear(1, skipping(0, digest="a"), 0.0))
+
+
+def test_a_rank_that_has_not_called_the_save_before_has_no_slot_for_the_next() -> None:
+    """Nobody can say when it comes to that; it may be in it, with a worker that stands still."""
+    hub = new_hub(None, None)
+    hub.hear(0, Arrive(n=0, arguments=Arguments(step=0), digest="a"), 0.0)
+    hub.hear(0, GiveUp(n=0, error=DISK_FULL), 0.0)
+    hub.hear(0, Credit(n=0), 0.0)
+    assert Tell((0,), Open(n=1, verdict="skip")) in hub.hear(0, skipping(1, digest="a"), 0.0)
+    hub.hear(1, Arrive(n=0, arguments=Arguments(step=0), digest="a"), 0.0)
+    hub.hear(1, Credit(n=0), 0.0)
+    assert any(isinstance(order, MakeAttempt) for order in hub.hear(1, skipping(2, digest="a"), 0.0))
+
+
+def test_a_rank_that_has_skipped_what_was_taken_fails_it() -> None:
+    hub = new_hub(None, None)
+    hub.hear(0, skipping(0, digest="a"), 0.0)
+    told = [order.message for order in hub.hear(1, skipping(0, is_busy=True), 0.0) if isinstance(order, Tell)]
+    assert [message.error.rank for message in told if isinstance(message, Ended) and message.error] == [1]
+
+
 def test_busy_is_one_answer_too() -> None:
     job = Job(2)
     job.save(10)
@@ -305,6 +368,23 @@ def test_a_failure_on_one_rank_fails_all_and_names_it() -> None:
     assert {(member.errors[0].rank, member.errors[0].phase) for member in job.members} == {(1, "write")}
     assert not job.attempts
     assert not job.published
+
+
+def test_an_attempt_that_was_moved_away_fails_nothing() -> None:
+    """Its writers meet ENOENT when the trainer of rank 0 has fenced it, for the next hub to begin anew."""
+    hub = Hub(2, new_id=lambda: "id", arrival_timeout=None, return_timeout=None, now=0.0, is_first=False)
+    for rank in range(2):
+        known = OpenCall(n=0, save_id="id", attempt=0)
+        hub.join(Join(rank=rank, world=2, package="", open_call=known), 0.0)
+        hub.hear(rank, Arrive(n=0, arguments=Arguments(step=10)), 0.0)
+    late = GiveUp(n=0, error=DISK_FULL, attempt=0)
+    assert hub.hear(1, late, 0.0) == []
+    made = MakeAttempt(0, 10, "id", 1)
+    assert made in hub.looked(0, None)
+    hub.made(made, None)
+    assert hub.hear(1, late, 0.0) == []
+    told = hub.hear(1, msgspec.structs.replace(late, attempt=1), 0.0)
+    assert [output.message.error.rank for output in told if isinstance(output, Tell)] == [1]
 
 
 def test_a_call_that_was_refused_counts() -> None:
@@ -381,6 +461,32 @@ def test_a_worker_that_does_not_come_back_fails_the_save() -> None:
     assert job.members[0].inbox[-1].error.kind == "peer"  # type: ignore[union-attr]
 
 
+def test_a_rank_that_comes_to_say_farewell_is_gone_with_its_join() -> None:
+    """A rank that arrives between its Join and its Leave hears its cause, not that some hub died."""
+    hub = hub_of(2)
+    hub.lost(1, 0.0)
+    last = [EndedCall(n=0, end="failed")]
+    hub.join(Join(rank=1, world=2, package="1", ended_calls=last, why="its worker died too often"), 0.0)
+    (tell,) = hub.hear(0, Arrive(n=0, arguments=Arguments(step=0), digest="a"), 0.0)
+    assert isinstance(tell, Tell)
+    assert isinstance(tell.message, Ended)
+    assert tell.message.error is not None
+    assert (tell.message.error.rank, tell.message.error.why) == (1, "its worker died too often")
+
+
+def test_a_rank_that_was_silent_is_waited_for_a_little_only() -> None:
+    """Its trainer has replaced the worker by now, or is as lost as that."""
+    job = Job(2)
+    job.hub = Hub(2, new_id=lambda: "id", arrival_timeout=None, return_timeout=60.0, now=0.0)
+    for member in job.members:
+        job.do(job.hub.join(member.join(2), 0.0))
+    job.do(job.hub.lost(1, 100.0, is_silent=True))
+    assert job.hub.next_deadline() == 105.0
+    job.do(job.hub.join(job.members[1].join(2), 101.0))
+    job.do(job.hub.lost(1, 200.0))
+    assert job.hub.next_deadline() == 260.0
+
+
 def test_a_rank_that_leaves_fails_what_it_has_not_written() -> None:
     job = Job(2)
     job.save(10)
@@ -403,8 +509,7 @@ def test_a_new_hub_finds_what_the_old_one_published() -> None:
         member.write()
         while member.outbox:
             job.hear(member)
-    while not isinstance(job.orders[0], Commit):
-        job.work()
+    job.up_to_commit()
     job.work()
     assert job.published
     job.kill(job.members[0])
@@ -423,8 +528,7 @@ def test_too_late_for_a_cancel_while_it_is_committed() -> None:
     member.write()
     while member.outbox:
         job.hear(member)
-    while not isinstance(job.orders[0], Commit):
-        job.work()
+    job.up_to_commit()
     assert any(isinstance(message, Committing) for message in member.inbox)
     member.say(GiveUp(n=0, error=WireError(kind="cancelled", what="cancelled")))
     job.settle()
@@ -468,18 +572,86 @@ def test_each_plan_is_asked_for_once_and_kept_until_another_save_ended() -> None
     assert wanted(in_one_attempt(hub, 2, {0: "b", 1: "a", 2: "a"})) == [("b", (0,))]
 
 
-@pytest.mark.parametrize("differs", ["values", "tensors"])
-def test_ranks_with_one_plan_must_have_equal_plain_content(differs: str) -> None:
-    """Those with another plan are not compared with them: that is for who merges the plans."""
-    hub = hub_of(3)
-    in_one_attempt(hub, 0, {0: "a", 1: "b", 2: "a"})
+def told(out: list[Output], kind: type[StarMessage]) -> list[tuple[int, ...]]:
+    return [tell.ranks for tell in out if isinstance(tell, Tell) and isinstance(tell.message, kind)]
+
+
+def all_written(hub: Hub, written: list[dict[str, Any]]) -> list[Output]:
+    """All ranks have one plan, which fits, and have written; return what the hub wanted then."""
+    in_one_attempt(hub, 0, dict.fromkeys(range(len(written)), "a"))
+    hub.hear(0, Body(digest="a", body=b"A"), 0.0)
+    hub.checked(0, None)
     out: list[Output] = []
-    for rank, content in enumerate("xyz"):
-        out = hub.hear(rank, Written(n=0, attempt=0, files=[], **{f"{differs}_sum": content}), 0.0)  # type: ignore[arg-type]
-    (ended,) = [tell.message for tell in out if isinstance(tell, Tell)]
-    assert isinstance(ended, Ended)
-    assert ended.error is not None
-    assert ended.error.what == f"plain {differs} differ between rank 0 and rank 2"
+    for rank, said in enumerate(written):
+        out = hub.hear(rank, Written(n=0, attempt=0, files=[], **said), 0.0)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("said", "asked"),
+    [
+        ([{}, {}, {}], (0,)),
+        ([{"values_sum": "x"}, {"values_sum": "y"}, {"values_sum": "x"}], (0, 1)),
+        ([{"tensors_sum": "x"}, {"tensors_sum": "x"}, {"tensors_sum": "y"}], (0, 2)),
+        ([{"probes": {"g": "1"}}, {"probes": {"g": "1"}}, {"probes": {"g": "2"}}], (0, 2)),
+        ([{"probes": {"g": "1"}}, {"probes": {"h": "2"}}, {"probes": {"h": "2"}}], (0,)),
+    ],
+)
+def test_one_rank_is_asked_for_each_sum_that_was_said(said: list[dict[str, Any]], asked: tuple[int, ...]) -> None:
+    """Where all say the same sum, all have the same: one rank speaks for thousands."""
+    assert told(all_written(hub_of(3), said), WantDetails) == [asked]
+
+
+def test_contents_are_compared_once_all_that_were_asked_have_answered() -> None:
+    hub = hub_of(2)
+    all_written(hub, [{"values_sum": "x"}, {"values_sum": "y"}])
+    details = [Details(n=0, values=b"[1]"), Details(n=0, values=b"[2]")]
+    assert hub.hear(0, details[0], 0.0) == []
+    assert hub.hear(1, details[1], 0.0) == [Compare(0, 0, {"a": (0, 1)}, dict(enumerate(details)))]
+    out = hub.compared(0, 0, None)
+    assert told(out, Committing) == [(0, 1)]
+    assert isinstance(out[-1], Commit)
+
+
+def test_contents_that_differ_fail_the_save_on_all_ranks() -> None:
+    hub = hub_of(2)
+    all_written(hub, [{}, {}])
+    hub.hear(0, Details(n=0, values=b"[]"), 0.0)
+    out = hub.compared(0, 0, WireError(kind="mismatch", what="they differ"))
+    assert told(out, Ended) == [(0, 1)]
+    assert isinstance(out[0], Drop)
+
+
+def test_each_rank_hears_once_the_plans_fit_what_of_the_undeclared_it_writes() -> None:
+    """Also one whose worker comes again later."""
+    hub = hub_of(3)
+    in_one_attempt(hub, 0, {0: "a", 1: "a", 2: "a"})
+    hub.hear(0, Body(digest="a", body=b"A"), 0.0)
+    said = [
+        (tell.ranks, tell.message.extra)
+        for tell in hub.checked(0, None, extra={0: ["model"]})
+        if isinstance(tell, Tell) and isinstance(tell.message, Fits)
+    ]
+    assert said == [((0,), ["model"]), ((1, 2), [])]
+    hub.lost(2, 0.0)
+    hub.join(Join(rank=2, world=3, package="1"), 0.0)
+    again = hub.hear(2, Arrive(n=0, arguments=Arguments(step=0), digest="a"), 0.0)
+    assert told(again, Fits) == [(2,)]
+
+
+def test_a_rank_that_leaves_owing_details_fails_the_save() -> None:
+    hub = hub_of(2)
+    all_written(hub, [{"values_sum": "x"}, {"values_sum": "y"}])
+    out = hub.hear(1, Leave(why="its trainer died"), 0.0)
+    assert told(out, Ended) == [(0, 1)]
+
+
+def test_a_rank_that_gave_a_save_up_without_a_worker_fails_it_when_it_joins() -> None:
+    hub = hub_of(2)
+    in_one_attempt(hub, 0, {0: "a", 1: "a"})
+    hub.lost(1, 0.0)
+    out = hub.join(Join(rank=1, world=2, package="1", ended_calls=[EndedCall(n=0, end="failed")]), 0.0)
+    assert told(out, Ended) == [(0, 1)]
 
 
 RANKS = st.integers(0, 2)

@@ -13,6 +13,8 @@ from aiockpt.protocol.lifecycle import SaveState as S
 MOVES = {
     (S.PLANNED, E.BEGIN): S.STAGING,
     (S.PLANNED, E.SKIP): S.SKIPPED,
+    (S.STAGING, E.SKIP): S.SKIPPED,
+    (S.STAGED, E.SKIP): S.SKIPPED,
     (S.PLANNED, E.FAIL): S.FAILED,
     (S.PLANNED, E.CANCEL): S.CANCELLED,
     (S.PLANNED, E.WORKER_DIED): S.PLANNED,

@@ -12,7 +12,6 @@ from aiockpt.errors import ProtocolError
 from aiockpt.format.manifest import FileRecord
 from aiockpt.protocol import proof
 from aiockpt.protocol.frames import StarDecoder, encode
-from aiockpt.protocol.messages import WireError
 from aiockpt.protocol.star import (
     Agreed,
     AgreedStep,
@@ -20,29 +19,39 @@ from aiockpt.protocol.star import (
     Arguments,
     Arrive,
     AskSave,
+    Attend,
     Body,
     Committing,
     Credit,
+    Details,
     Dropped,
     Ended,
     EndedCall,
+    Fits,
     GiveUp,
     HowFar,
     Join,
     Leave,
     MemberBeat,
+    Met,
     Open,
     OpenCall,
     Pace,
     Propose,
+    Recall,
     Refused,
     StarMessage,
     WantBody,
+    WantDetails,
     Welcome,
     Written,
 )
+from aiockpt.protocol.terms import Damage, WireError
 
 ERROR = WireError(kind="storage", what="no space", errno=28, rank=3, phase="write")
+CORRUPT = WireError(
+    kind="corrupt", what="bad", rank=3, damage=Damage(step=5, file="model/a", offset=4096, expected="00", found="01")
+)
 SAVE_ID = "0" * 36
 EXAMPLES: list[StarMessage] = [
     Join(
@@ -57,6 +66,7 @@ EXAMPLES: list[StarMessage] = [
     Arrive(n=7, arguments=Arguments(step=100), refused=ERROR),
     Body(digest="0" * 32, body=b"\0\1"),
     Written(n=7, attempt=1, files=[FileRecord(path="model/a", nbytes=1, data_start=0, sum="0" * 32, rank=3)]),
+    Details(n=7, values=b"[1]", metadata=b"2", sums={"model.a": "0" * 16}, probes={"4 0a": {"model.b": "1" * 16}}),
     GiveUp(n=7, error=ERROR),
     Credit(n=6),
     MemberBeat(),
@@ -65,16 +75,23 @@ EXAMPLES: list[StarMessage] = [
     Refused(error=ERROR),
     Open(n=7, verdict="take", save_id=SAVE_ID, attempt=1),
     WantBody(digest="0" * 32),
+    Fits(n=7, extra=["model"]),
+    WantDetails(n=7),
     Committing(n=7),
     Ended(n=7, path="step-100", nbytes=1 << 40, timings={"written": 1.5}),
     Ended(n=7, error=ERROR),
     AskSave(reason="SIGTERM"),
-    Pace(round=1, step=-1, lead=3, asks="SIGTERM", agreed=AgreedStep(step=9, reason="10 minutes")),
+    Pace(round=1, step=-1, lead=3, asks="SIGTERM", agreed=AgreedStep(step=9, reasons=["10 minutes"])),
     Answer(round=1, accepts=True),
     HowFar(round=1),
     Propose(round=1, step=12),
-    Agreed(agreed=AgreedStep(step=12, reason="SIGTERM")),
+    Agreed(agreed=AgreedStep(step=12, reasons=["SIGTERM", "10 minutes"])),
     Dropped(),
+    Attend(meeting="restore 1, propose 1", claim="restore(step=5)", word=b"\0\1"),
+    Attend(meeting="restore 1, read 1", claim="restore(step=5)", error=CORRUPT),
+    Met(meeting="restore 1, propose 1", word=b"\0\1"),
+    Met(meeting="restore 1, read 1", error=CORRUPT),
+    Recall(mets=[Met(meeting="restore 1, propose 1", word=b"\0\1")]),
 ]
 
 
