@@ -19,9 +19,11 @@ __all__ = [
     "bad_name",
     "dotted",
     "file_name",
+    "meet_name",
     "old_name",
     "parse_attempt",
     "parse_bad",
+    "parse_meet",
     "parse_old",
     "parse_step",
     "parse_term",
@@ -119,6 +121,11 @@ def term_name(term: int) -> str:
     return f".term-{term}"
 
 
+def meet_name(unique: str) -> str:
+    """Return the name of the empty file by which ranks see that they share the directory; ``unique`` has 32 digits."""
+    return f".meet-{unique}"
+
+
 class Attempt(NamedTuple):
     """The parts of an attempt's or a replaced checkpoint's name."""
 
@@ -135,6 +142,7 @@ _TERM = re.compile(rf"\.term-{_NUMBER}", re.ASCII)
 _ATTEMPT = re.compile(rf"\.step-{_NUMBER}\.{_ID}\.(0|[1-9]\d{{0,8}})", re.ASCII)
 _OLD = re.compile(rf"\.old\.step-{_NUMBER}\.{_ID}", re.ASCII)
 _BAD = re.compile(rf"\.bad-step-{_NUMBER}\.{_ID}", re.ASCII)
+_MEET = re.compile(r"\.meet-([0-9a-f]{32})", re.ASCII)
 
 
 def _match(pattern: re.Pattern[str], name: str) -> re.Match[str] | None:
@@ -171,3 +179,9 @@ def parse_bad(name: str) -> Attempt | None:
     """Return step and id of a bad checkpoint's directory name, else None."""
     match = _match(_BAD, name)
     return Attempt(int(match[1]), match[2], 0) if match else None
+
+
+def parse_meet(name: str) -> str | None:
+    """Return what makes the name of a file to meet at unique, else None."""
+    match = _MEET.fullmatch(name)
+    return match[1] if match else None

@@ -78,7 +78,8 @@ class _Encoding:
         container = _CONTAINERS.get(kind)
         if container is not None:
             self._enter(item)
-            json = container(self, item)
+            # Ten thousand names of parameters, in each save: with nothing to encode in any of them.
+            json = list(item) if kind is list and _is_plain_text(item) else container(self, item)
             self._open.remove(id(item))
             return json
         found = self._more(item)
@@ -160,6 +161,10 @@ def _why_not(kind: type) -> str:
 
 def _is_utf8(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _is_plain_text(items: list[Any]) -> bool:
+    return all(type(item) is str for item in items) and "".join(items).isascii()
 
 
 def _text(text: str) -> Any:

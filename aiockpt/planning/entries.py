@@ -17,6 +17,7 @@ __all__ = [
     "canonical_order",
     "check_sizes",
     "folders_of",
+    "key_of",
     "name_in_file",
     "unfit",
 ]
@@ -94,6 +95,11 @@ def unfit(key: str, why: str, next: str = "rename or rearrange its keys") -> Uns
 def name_in_file(segments: Segments) -> str:
     """Return an entry's name in the file: its folder has the first segment."""
     return dotted(segments[1:] or segments)
+
+
+def key_of(entry: Entry) -> str:
+    """Return the key of the state that an entry stands under; empty at the very top."""
+    return entry.segments[0] if len(entry.segments) > 1 else ""
 
 
 def folders_of(entries: Sequence[Entry]) -> list[str]:

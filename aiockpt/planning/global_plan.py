@@ -96,6 +96,13 @@ class GlobalPlan:
         """Tell whether the extra files of a rank in a folder are needed: no lower rank has all that is in them."""
         return (rank, folder) in self._extra
 
+    def extra_folders(self) -> dict[int, list[str]]:
+        """Return by rank the folders in which its extra files are needed."""
+        found: dict[int, list[str]] = {}
+        for rank, folder in sorted(self._extra):
+            found.setdefault(rank, []).append(folder)
+        return found
+
     def encode(self, files: Sequence[FileRecord]) -> bytes:
         """Return the manifest's ``plan``.
 
@@ -132,6 +139,30 @@ class GlobalPlan:
                 "weight_map": {self._entries.keys[entry][1]: names[numbers[entry]] for entry in mine},
             }
         )
+
+    def check_values(self, by_digest: Mapping[str, Mapping[int, bytes]]) -> None:
+        """See that ranks with one plan have one list of values.
+
+        Args:
+            by_digest: By plan and rank, for one rank of each kind: a JSON array as in ``merge_values``.
+
+        Raises:
+            PlanMismatchError: Two of them have different values at one place; names it.
+            ProtocolError: One has not as many values as its plan says.
+        """
+        for body, one in enumerate(self._said):
+            first, *others = sorted(by_digest[one.digest].items())
+            for other in others:
+                if other[1] != first[1]:
+                    self._refuse_differing(body, first, other)
+
+    def _refuse_differing(self, body: int, first: tuple[int, bytes], other: tuple[int, bytes]) -> None:
+        pairs = zip(*(_decode_values(data, self._said[body]) for _, data in (first, other)), strict=True)
+        for at, (value, value_there) in enumerate(pairs):
+            if bytes(value) != bytes(value_there):
+                number = next(n for n, sources in enumerate(self._trees.sources) if (body, at) in sources)
+                path = self._value_paths()[number]
+                raise _differing(path, (bytes(value), bytes(value_there)), ([first[0]], [other[0]]))
 
     def merge_values(self, by_digest: Mapping[str, bytes]) -> bytes:
         """Return the manifest's ``values``.

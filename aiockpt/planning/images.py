@@ -60,6 +60,8 @@ class LocalPlan:
     extra_files: tuple[int, ...] = ()
     """Indices of the files of undeclared tensors, which are written only where the ranks' contents have been compared
     and no lower rank has them all."""
+    extra_keys: tuple[str, ...] = ()
+    """Of each of them the key of the state that its tensors stand under; empty for those at the very top."""
     own: bytes = b""
     """What this rank has for itself: JSON of a ``format.manifest.Plan``; empty where that is nothing."""
     common_values: tuple[int, ...] = ()
@@ -145,6 +147,7 @@ class ImageBuilder:
         *,
         parts: Sequence[Part] = (),
         extra_files: Sequence[int] = (),
+        extra_keys: Sequence[str] = (),
         own: bytes = b"",
         common_values: Sequence[int] = (),
         own_values: Sequence[int] = (),
@@ -170,6 +173,7 @@ class ImageBuilder:
             digest=hashlib.blake2b(body, digest_size=16).hexdigest(),
             parts=tuple(parts),
             extra_files=tuple(extra_files),
+            extra_keys=tuple(extra_keys),
             own=own,
             common_values=tuple(common_values),
             own_values=tuple(own_values),

@@ -95,7 +95,8 @@ class EntryMerger:
             if not isinstance(placing, Sharding):
                 continue
             holders, mesh = set(self._ranks(bodies)), set(placing.ranks)
-            if holders == mesh:
+            # A mesh of one rank says whose tensor it is that counts; others have their own, which nobody compares.
+            if holders == mesh or (len(mesh) == 1 and mesh < holders):
                 continue
             missing, outside = mesh - holders, holders - mesh
             who = f"missing on {ranks_text(missing)}" if missing else f"on {ranks_text(outside)} too"

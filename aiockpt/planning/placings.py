@@ -10,7 +10,16 @@ from typing import Final, Literal
 from aiockpt.format.placings import ShardingRecord
 from aiockpt.planning.sharding import Cut, Sharding
 
-__all__ = ["PER_RANK", "UNDECLARED", "Placing", "intern_placings", "replicated", "sharding_of", "sharding_record"]
+__all__ = [
+    "PER_RANK",
+    "UNDECLARED",
+    "Placing",
+    "intern_placings",
+    "only_of",
+    "replicated",
+    "sharding_of",
+    "sharding_record",
+]
 
 PER_RANK: Final = "per_rank"
 """Each rank has its own under the same name."""
@@ -18,6 +27,11 @@ UNDECLARED: Final = None
 """Nobody said whether ranks hold the same: each stages the whole, contents are compared, one writes."""
 
 Placing = Sharding | Literal["per_rank"] | None
+
+
+def only_of(rank: int) -> Sharding:
+    """Return the placing of what several ranks have, and one of them writes: theirs differ, and that is right."""
+    return Sharding((1,), (rank,), ())
 
 
 def replicated(world: int) -> Sharding:

@@ -14,7 +14,7 @@ from aiockpt.format.names import Segments, dotted
 from aiockpt.format.tree import Node, fill_places, renumber
 from aiockpt.planning.body import Body, Columns, class_columns, encoding
 from aiockpt.planning.division import divide
-from aiockpt.planning.entries import Entry, canonical_order, check_sizes, folders_of, name_in_file, unfit
+from aiockpt.planning.entries import Entry, canonical_order, check_sizes, folders_of, key_of, name_in_file, unfit
 from aiockpt.planning.images import ImageBuilder, LocalPlan
 from aiockpt.planning.parts import PartList
 from aiockpt.planning.placings import PER_RANK, UNDECLARED, intern_placings, sharding_record
@@ -58,10 +58,12 @@ def plan_rank(
     if rank == 0:
         for path, content in sorted(plain_files.items()):
             builder.add_plain(path, content)
+    part_of = dict(zip(builder.spec_files, staged.parts, strict=True))  # one of each file
     return builder.finish(
         body,
         parts=staged.parts,
         extra_files=extra_files,
+        extra_keys=[key_of(entries[part_of[file].entry]) for file in extra_files],
         own=_encode_own(entries, own, names, [builder.spec_files[part] for part in own_parts], separated.own),
         common_values=list(separated.common_values),
         own_values=list(separated.own_values),

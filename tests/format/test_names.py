@@ -21,9 +21,11 @@ from aiockpt.format.names import (
     bad_name,
     dotted,
     file_name,
+    meet_name,
     old_name,
     parse_attempt,
     parse_bad,
+    parse_meet,
     parse_old,
     parse_step,
     parse_term,
@@ -130,6 +132,7 @@ def test_parsing_gives_back_what_was_named(step: int, save_id: str, attempt: int
         parse_attempt: (attempt_name(step, save_id, attempt), Attempt(step, save_id, attempt)),
         parse_old: (old_name(step, save_id), Attempt(step, save_id, 0)),
         parse_bad: (bad_name(step, save_id), Attempt(step, save_id, 0)),
+        parse_meet: (meet_name(f"{step:032x}"), f"{step:032x}"),
     }
     for parse, (name, parts) in made.items():
         assert parse(name) == parts
@@ -178,6 +181,11 @@ FOREIGN = [
     ".term-x",
     ".term-1\n",
     "term-1",
+    ".meet-",
+    ".meet-" + "a" * 31,
+    ".meet-" + "a" * 33,
+    ".meet-" + "A" * 32,
+    ".meet-" + "a" * 32 + "\n",
     ".trash.step-1",
     "manifest.json",
     ".lock",
@@ -187,7 +195,7 @@ FOREIGN = [
 @pytest.mark.parametrize("name", FOREIGN, ids=ascii)
 def test_foreign_names(name: str) -> None:
     """What we did not name is nobody's: it is neither read nor removed."""
-    for parse in (parse_step, parse_term, parse_attempt, parse_old, parse_bad):
+    for parse in (parse_step, parse_term, parse_attempt, parse_old, parse_bad, parse_meet):
         assert parse(name) is None
 
 

@@ -16,7 +16,7 @@ from aiockpt.format.tree import Node, walk
 from aiockpt.planning.global_plan import GlobalPlan, merge
 from aiockpt.planning.local import Entry, LocalPlan, plan_local
 from aiockpt.planning.mismatch import ranks_text
-from aiockpt.planning.placings import Placing, replicated
+from aiockpt.planning.placings import Placing, only_of, replicated
 from aiockpt.planning.sharding import Cut, Sharding
 from tests.planning.files import tree_of
 from tests.planning.job import Job, State, body_of, merged
@@ -100,6 +100,17 @@ def test_a_rank_outside_of_the_mesh() -> None:
     rule = Sharding((2,), (0, 1), (Cut(0, 0),))
     error = refused(lambda: merged(plans(lambda rank: [tensor("m/b", rule)] if rank < 3 else [])))
     assert (error.keys, error.ranks) == (("m.b",), (2,))
+
+
+def test_a_tensor_that_one_rank_alone_has_to_say() -> None:
+    """Others have theirs, stage nothing of it, and nobody asks them."""
+    job = Job(WORLD, lambda rank: State([tensor("m/mean", only_of(1)), tensor("m/w", replicated(WORLD))]))
+    staged = [[plan.parts[i].entry for i in plan.order] for plan in job.plans]
+    assert [0 in entries for entries in staged] == [False, True, False, False]
+    plan = job.manifest().plan
+    assert job.records[plan.entry_files[plan.names.index("mean")]].rank == 1
+    error = refused(lambda: merged(plans(lambda rank: [tensor("m/mean", only_of(1))] if rank != 1 else [])))
+    assert (error.keys, error.ranks) == (("m.mean",), (1,))
 
 
 def test_undeclared_tensors_of_some_ranks() -> None:
