@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         WorkerStartError,
     )
     from aiockpt.observing import Observer, Span
+    from aiockpt.state.per_rank import PerRank
     from aiockpt.state.rng import RNG
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "Every",
     "Latest",
     "Observer",
+    "PerRank",
     "RestartPolicy",
     "Restored",
     "Save",
@@ -95,6 +97,7 @@ _HOMES = {
     "aiockpt.coordinator.results": ("Restored", "Saved"),
     "aiockpt.coordinator.statistics": ("Statistics",),
     "aiockpt.observing": ("Observer", "Span"),
+    "aiockpt.state.per_rank": ("PerRank",),
     "aiockpt.state.rng": ("RNG",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

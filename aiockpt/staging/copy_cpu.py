@@ -163,7 +163,7 @@ def _copy_group(group: list[Lazy], layout: Layout, pending: PendingCopies) -> No
 
 
 def _copy_one(lazy: Lazy, layout: Layout, progress: Progress, pending: PendingCopies, piece_nbytes: int) -> bool:
-    target = layout.arena.address + layout.plan.offsets[lazy.index]
+    target = layout.arena.address + layout.plan.offsets[lazy.part]
     for start in range(0, lazy.nbytes, piece_nbytes):
         if pending.stopped:
             return False

@@ -204,11 +204,11 @@ class DeviceCopies:
 
     def _adjoins(self, run: list[Item], item: Item) -> bool:
         offsets, sizes, order = self._layout.plan.offsets, self._layout.plan.sizes, self._layout.order
-        first, last, entry = order[run[0].position], order[run[-1].position], order[item.position]
+        first, last, part = order[run[0].position], order[run[-1].position], order[item.position]
         return (
             run[-1].tensor.dtype == item.tensor.dtype
-            and offsets[last] + sizes[last] == offsets[entry]
-            and offsets[entry] + sizes[entry] - offsets[first] <= RUN_NBYTES
+            and offsets[last] + sizes[last] == offsets[part]
+            and offsets[part] + sizes[part] - offsets[first] <= RUN_NBYTES
         )
 
     def _copy_run(self, run: list[Item]) -> None:

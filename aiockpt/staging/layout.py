@@ -7,11 +7,15 @@ from typing import cast
 
 import torch
 
+from aiockpt.planning.images import Part
 from aiockpt.planning.local import LocalPlan
 from aiockpt.staging.arena import ArenaView
 from aiockpt.staging.canaries import Points, points
 
 __all__ = ["Layout", "plain"]
+
+_Cut = tuple[tuple[int, int, int], ...]
+"""(dimension, first, length) that make a part out of a local tensor; nothing where it is all of it."""
 
 _BYTES_AS_THEY_ARE = frozenset({torch.uint8, torch.int8, torch.bool})
 
@@ -24,25 +28,30 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Layout:
-    """Places of a plan's entries in one arena, in file order.
+    """Places of a plan's parts in one arena, in file order.
 
-    A *position* is an index into ``plan.order``, an *entry* one into the plan's (and the collected) tensors. Equal
-    plans have equal dtypes and shapes, so what is made from the first save's tensors serves all later ones.
+    A *position* is an index into ``plan.order``, a *part* one into the plan's columns, an *entry* one into the
+    collected tensors, of which a part is a block. With one rank part and entry are the same. Equal plans have equal
+    dtypes and shapes, so what is made from the first save's tensors serves all later ones.
     """
 
     def __init__(self, plan: LocalPlan, arena: ArenaView, *, canary_nbytes: int) -> None:
         self.plan = plan
         self.arena = arena
         self.order = plan.order
+        self.entries: Sequence[int] = [plan.parts[part].entry for part in plan.order] if plan.parts else plan.order
+        """Entry of each position. One that this rank does not stage is at none."""
+        self._cuts: list[_Cut] | None = None
+        """By position; empty where no part is less than its local tensor."""
         self.canary_nbytes = canary_nbytes
         self._destinations: list[torch.Tensor | None] = [None] * len(plan.order)
         self._has_exotic = False
         self._combs: dict[int, tuple[Points, torch.Tensor]] = {}
-        self.file_of = [plan.entry_files[entry] for entry in plan.order]
+        self.file_of = [plan.entry_files[part] for part in plan.order]
         """File of each position; never falls."""
-        self.starts = [plan.offsets[entry] - plan.files[plan.entry_files[entry]].offset for entry in plan.order]
+        self.starts = [plan.offsets[part] - plan.files[plan.entry_files[part]].offset for part in plan.order]
         """Offset in its file of each position."""
-        self.sizes = [plan.sizes[entry] for entry in plan.order]
+        self.sizes = [plan.sizes[part] for part in plan.order]
         """Bytes of each position."""
         self._missing = sum(1 for nbytes in self.sizes if nbytes)
         self.empty = bytes(not nbytes for nbytes in self.sizes)
@@ -52,6 +61,23 @@ class Layout:
         for position, file in enumerate(self.file_of):
             first, stop = self.spans[file]
             self.spans[file] = (first if stop else position, position + 1)
+
+    def entry_of(self, part: int) -> int:
+        """Return the entry that a part is of."""
+        return self.plan.parts[part].entry if self.plan.parts else part
+
+    def blocks(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return what is staged at each position, as views of the live tensors; others are not touched."""
+        found = [tensors[entry] for entry in self.entries]
+        if not self.plan.parts:
+            return found
+        if self._cuts is None:
+            cuts = [_cut(self.plan.parts[part], tensor) for part, tensor in zip(self.order, found, strict=True)]
+            self._cuts = cuts if any(cuts) else []
+        for position, cut in enumerate(self._cuts):
+            for dim, first, length in cut:
+                found[position] = found[position].narrow(dim, first, length)
+        return found
 
     def destinations(self, positions: Sequence[int], sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return ``destination`` of many."""
@@ -89,3 +115,12 @@ class Layout:
     def staged_canaries(self, position: int) -> torch.Tensor:
         """Return the staged side of ``comb``, as a view."""
         return self._combs[position][1]
+
+
+def _cut(part: Part, tensor: torch.Tensor) -> _Cut:
+    """Return how a part is made of the local tensor that it is of."""
+    shape = list(tensor.shape)
+    if tensor.dtype is torch.float4_e2m1fn_x2:  # of bytes here, of elements there; no part begins within it
+        shape[-1] *= 2
+    boxes = enumerate(zip(shape, part.local_offsets, part.shape, strict=True))
+    return tuple((dim, first, length) for dim, (size, first, length) in boxes if length < size)

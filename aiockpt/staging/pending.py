@@ -23,10 +23,10 @@ class Lazy:
     __slots__ = (
         "address",
         "checked",
-        "index",
         "nbytes",
         "on_host",
         "owners",
+        "part",
         "position",
         "storage",
         "storage_address",
@@ -39,7 +39,7 @@ class Lazy:
 
     def __init__(
         self,
-        index: int,
+        part: int,
         position: int,
         tensor: torch.Tensor,
         nbytes: int,
@@ -47,8 +47,8 @@ class Lazy:
         owners: tuple[Owner, ...],
         wrapper: torch.Tensor | None,
     ) -> None:
-        self.index = index
-        """Entry number in the plan."""
+        self.part = part
+        """Its number in the plan."""
         self.position = position
         """Place in the plan's file order."""
         self.nbytes = nbytes
@@ -148,7 +148,7 @@ class PendingCopies:
         self.stopped = False
         """Nothing more is to be copied."""
         self.torn: set[int] = set()
-        """Entry numbers whose counters or storage changed too early."""
+        """Numbers of the parts whose counters or storage changed too early."""
 
     @property
     def lazies(self) -> list[Lazy]:
@@ -211,7 +211,7 @@ class PendingCopies:
             if lazy.storage is not None and not lazy.checked:
                 lazy.checked = True
                 if not lazy.intact():
-                    self.torn.add(lazy.index)
+                    self.torn.add(lazy.part)
 
     def _wait(self, owner: Owner, *, for_device: bool) -> None:
         with self._changed:
@@ -232,7 +232,7 @@ class PendingCopies:
         with self._changed:
             for lazy in lazies:
                 if not lazy.checked and not lazy.intact():
-                    self.torn.add(lazy.index)
+                    self.torn.add(lazy.part)
                 lazy.checked = True
                 lazy.release()
                 for owner in (*lazy.owners, self._all):
@@ -247,7 +247,7 @@ class PendingCopies:
     def tear(self, lazy: Lazy) -> None:
         """Say that a tensor cannot be copied any more because its memory is gone."""
         with self._changed:
-            self.torn.add(lazy.index)
+            self.torn.add(lazy.part)
             lazy.checked = True
 
     def stop(self) -> None:

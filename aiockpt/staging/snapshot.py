@@ -215,9 +215,9 @@ class Staging:
         torn = set(self.pending.torn)
         for canaries, lazies in self.canaries:
             staged = [self._layout.staged_canaries(lazy.position) for lazy in lazies]
-            torn.update(lazies[i].index for i in canaries.differing(staged))
+            torn.update(lazies[i].part for i in canaries.differing(staged))
         if torn:
-            segments = sorted(self._entries[index].segments for index in torn)
+            segments = sorted({self._entries[self._layout.entry_of(part)].segments for part in torn})
             self._torn_keys.update(segments)
             self.fail(self._torn_error([dotted(key) for key in segments]))
 

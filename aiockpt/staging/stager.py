@@ -119,8 +119,7 @@ class Stager:
         layout = self._layout_of(plan, arena)
         guard.install()
         self._thread.start()
-        for position, entry in enumerate(plan.order):
-            tensor = collected.tensors[entry]
+        for position, tensor in enumerate(layout.blocks(collected.tensors)):
             layout.destination(position, tensor)
             if tensor.is_cuda:
                 self._side_of(tensor.device, arena)
@@ -306,7 +305,7 @@ class Stager:
 
     def _sort(self, layout: Layout, collected: Collected, ownership: Ownership) -> _Sorted:
         """Decide by line 1 (at once, where in doubt) and line 2 (the guard)."""
-        tensors = [collected.tensors[entry] for entry in layout.order]
+        tensors = layout.blocks(collected.tensors)
         if [tensor.nbytes for tensor in tensors] != layout.sizes:
             raise ValueError("the tensors are not those of the plan")
         later = self._guarded_lazies(layout, collected, ownership, tensors) if ownership else []
@@ -325,7 +324,7 @@ class Stager:
         found: list[Lazy] = []
         at_least, torn, entries, order = self._thresholds.lazy_nbytes, self._torn, collected.entries, layout.order
         for position, nbytes in enumerate(layout.sizes):
-            if nbytes < at_least or (torn and entries[order[position]].segments in torn):
+            if nbytes < at_least or (torn and entries[layout.entries[position]].segments in torn):
                 continue
             tensor = tensors[position]
             address = tensor.data_ptr()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum, auto
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,15 +14,25 @@ from torch.optim import Optimizer
 
 from aiockpt.errors import UnsupportedValueError
 from aiockpt.format.names import Segments, dotted, file_name, sort_key
+from aiockpt.format.tree import PER_RANK as PER_RANK_TAG
 from aiockpt.format.tree import Node
 from aiockpt.format.values import FACTORIES, MAX_DEPTH
 from aiockpt.planning.local import Entry
+from aiockpt.planning.placings import PER_RANK, UNDECLARED, Placing
+from aiockpt.planning.sharding import Sharding
 from aiockpt.state.checks import is_plain, refuse_tensor, resolve
+from aiockpt.state.collected import Collected, Found
 from aiockpt.state.dtypes import COMPLEX128, PACKED_F4, code_of, stored_form
+from aiockpt.state.expected import expected_entries
 from aiockpt.state.modules import ModuleItems, config_files, read_module
 from aiockpt.state.objects import is_object, read_object
 from aiockpt.state.optimizers import OptimizerItems, read_optimizer, refuse_sharded, uses_state_dict
 from aiockpt.state.parameters import add_module_names, add_name
+from aiockpt.state.per_rank import PerRank
+from aiockpt.state.placing import Placer, placer_for
+from aiockpt.state.ranks import ALONE, Ranks
+from aiockpt.state.rng import RNG
+from aiockpt.state.sharded import is_sharded, refuse_dtensor
 from aiockpt.state.values import blob_tensor, encode_key, is_text, key_segment, too_deep
 
 __all__ = ["Collected", "Found", "collect"]
@@ -32,6 +41,7 @@ SLOW_SECONDS = 1e-3
 """An object whose ``state_dict()`` takes longer is named: it holds up the training step in every save."""
 _SLOW_SECONDS_PER_ITEM = 10e-6
 """What a module may take for each item beside that; torch's own takes about 2 µs."""
+_new = tuple.__new__  # in half the time of a named tuple's own
 _SCALARS = frozenset({type(None), bool, int, float, str, complex})
 
 
@@ -44,57 +54,25 @@ class _Where(Enum):
     """In the state of an object: parts without tensors are one value."""
 
 
-class Found(NamedTuple):
-    """An object of the state and what was read of it."""
-
-    path: Segments
-    object: Any
-    read: ModuleItems | OptimizerItems | None
-    """None for an object that is known by its ``state_dict`` alone."""
-
-
-@dataclass(slots=True)
-class Collected:
-    """A state as a save needs it. Everything is live; nothing was copied but what ``tensors`` says."""
-
-    entries: list[Entry] = field(default_factory=list)
-    """Tied tensors of one top-level folder are one entry, under the first of their names in sorted order."""
-    tensors: list[torch.Tensor] = field(default_factory=list)
-    """Per entry the live memory: plain, strided, detached, of the entry's dtype and shape (but float4, whose last
-    dimension torch counts in bytes); may be non-contiguous. A copy only of lazily conjugated or negated tensors, of
-    bytes, and of numpy arrays that torch cannot alias."""
-    tree: Node = None
-    """See ``format.tree``; numbers are positions in ``entries`` and ``values``."""
-    values: list[tuple[Segments, object]] = field(default_factory=list)
-    """By number: where it stands, and the live value; ``encode_values`` takes them."""
-    plain_files: dict[str, bytes] = field(default_factory=dict)
-    slow: dict[str, float] = field(default_factory=dict)
-    """Seconds that the ``state_dict()`` of an object took, by dotted key, where they are worth a word."""
-    copies: dict[int, object] = field(default_factory=dict)
-    """By entry number: the live object where ``tensors`` has a copy of it."""
-    objects: list[Found] = field(default_factory=list)
-    """Modules and other objects in the order in which they were met, then optimizers in theirs."""
-
-    def cuda_device(self) -> torch.device | None:
-        """Return a CUDA device that holds a tensor of the state, None where none does."""
-        return next((tensor.device for tensor in self.tensors if tensor.is_cuda), None)
-
-
-def collect(state: Mapping[Any, Any]) -> Collected:
+def collect(state: Mapping[Any, Any], *, ranks: Ranks = ALONE, replicated: Sequence[str] = ()) -> Collected:
     """Read a state without changing anything: no copy, no gather, no optimizer step, no gradient buffer.
 
     The tree: a mapping of the user's is a container whose every key is a tensor, a value or a container of its own. A
     list or tuple is one value unless something in it is a tensor or an object. A module is
     ``["module", {name: node}, metadata]``. An optimizer is ``{"state": {parameter: {key: node}}, "param_groups":
     node}``, and ``"shared"`` beside these where it has state under keys that are no parameters. Any other object is the
-    tree of its ``state_dict()``, in which the largest parts without tensors are one value each.
+    tree of its ``state_dict()``, in which the largest parts without tensors are one value each. A ``PerRank`` is
+    ``["per_rank", node]``, and so is an ``RNG``.
 
     Args:
         state: Nested mappings; what stands in them is described in the documentation of ``save``.
+        ranks: Those that save together.
+        replicated: Names of plain tensors that are declared to be the same on all ranks.
 
     Raises:
         UnsupportedValueError: The state holds a tensor or an object that a checkpoint cannot; names its key. Values
             are looked at by ``encode_values``.
+        ConfigError: One of ``replicated`` is no pattern, or fits no name of the state.
     """
     if not isinstance(state, Mapping) or is_object(state):
         raise UnsupportedValueError(
@@ -104,7 +82,7 @@ def collect(state: Mapping[Any, Any]) -> Collected:
             key="",
             type_name=type(state).__qualname__,
         )
-    collector = _Collector()
+    collector = _Collector(placer_for(ranks, (replicated,) if isinstance(replicated, str) else tuple(replicated)))
     try:
         return collector.finish(collector.mapping(state, (), 0))
     except RecursionError as exc:
@@ -114,21 +92,48 @@ def collect(state: Mapping[Any, Any]) -> Collected:
 class _Collector:
     """Walks one state once; optimizers are read last, when all parameters have names."""
 
-    def __init__(self) -> None:
-        self.result = Collected()
+    def __init__(self, placer: Placer) -> None:
+        self.result = Collected(placer=placer)
+        self._placer = placer
+        self._several = placer.ranks.world > 1
+        self._placing: Placing = UNDECLARED
+        """Of the plain tensors that are being met."""
         self._names: dict[int, str] = {}
-        self._optimizers: list[tuple[Optimizer, Segments, dict[str, Node]]] = []
+        self._optimizers: list[tuple[Optimizer, Segments, dict[str, Node], Placing]] = []
         self._at: dict[int, int] = {}
         """By address: the first entry there. No address is used again meanwhile, as every entry's tensor is held."""
         self._also_at: dict[int, list[int]] = {}
-        """By address: further entries there, which differ in folder, dtype, shape or strides."""
+        """By address: further entries there, which differ in folder, dtype, shape, placing or strides."""
+        self._kept: list[torch.Tensor] = []
+        """DTensors that have no memory here, known by identity instead of their address."""
+        self._shardings: dict[str | None, dict[int, Sharding]] = {}
+        """By folder: the shardings of its DTensors, by identity."""
 
     def finish(self, tree: Node) -> Collected:
         """Read the optimizers and return everything."""
-        for optimizer, path, node in self._optimizers:
+        result = self.result
+        for optimizer, path, node, placing in self._optimizers:
+            self._placing = placing
             self._fill_optimizer(optimizer, path, node)
-        self.result.tree = tree
-        return self.result
+        self._widen()
+        result.tree = tree
+        self._placer.declare(result.entries, _other_names(result))
+        return result
+
+    def _widen(self) -> None:
+        """Put what lies on a slice of a mesh on all of it: other slices hold the same."""
+        wider = {
+            folder: found
+            for folder, shardings in self._shardings.items()
+            if (found := self._placer.widen(shardings.values()))
+        }
+        if not wider:
+            return
+        entries = self.result.entries
+        for number, entry in enumerate(entries):
+            wide = wider.get(_folder(entry.segments), {}).get(id(entry.placing))
+            if wide is not None:
+                entries[number] = Entry(*entry[:4], wide)
 
     def mapping(self, item: Mapping[Any, Any], path: Segments, depth: int) -> Node:
         """Return the node of a mapping of the user's, where each key is a node of its own."""
@@ -163,9 +168,22 @@ class _Collector:
         if kind is list or kind is tuple:
             nodes = self._parts(item, range(len(item)), path, depth, where)
             return None if nodes is None else [kind.__name__, nodes]
-        if where is not _Where.OBJECT and (node := self._object(item, path)) is not None:
-            return node
+        if where is not _Where.OBJECT:
+            if kind is PerRank:
+                return self._own(item.value, path, depth, where)
+            if kind is RNG and self._placing != PER_RANK:
+                return self._own(item, path, depth, where)
+            if (node := self._object(item, path)) is not None:
+                return node
         return self._blob(item, path)
+
+    def _own(self, item: Any, path: Segments, depth: int, where: _Where) -> Node:
+        """Return the node of what this rank has for itself; inside of such a thing the mark means nothing."""
+        outer, self._placing = self._placing, PER_RANK
+        node = self._part(item, path, depth + 1, where)
+        node = self._value(item, path) if node is None else node
+        self._placing = outer
+        return node if outer == PER_RANK else [PER_RANK_TAG, node]
 
     def _parts(
         self, items: Sequence[Any], segments: Iterable[Any], path: Segments, depth: int, where: _Where
@@ -203,12 +221,18 @@ class _Collector:
     def _tensor(self, tensor: torch.Tensor, path: Segments) -> int:
         result = self.result
         number = len(result.entries)
+        placing = self._placing
+        whole = None
+        met = tensor
         if not is_plain(tensor):
-            result.copies[number] = tensor
-            tensor = resolve(tensor, path)
-        elif tensor.requires_grad:
+            if is_sharded(tensor):
+                tensor, whole, placing = self._local(tensor, path)
+            if not is_plain(tensor):
+                result.copies[number] = tensor
+                tensor = resolve(tensor, path)
+        if tensor.requires_grad:
             tensor = tensor.detach()
-        shape = tuple(tensor.shape)
+        shape = tuple(tensor.shape) if whole is None else whole
         dtype = tensor.dtype
         code = code_of(dtype)
         mark = ""
@@ -220,18 +244,33 @@ class _Collector:
             if mark == COMPLEX128:
                 tensor = torch.view_as_real(tensor)
         address = tensor.data_ptr()
-        if not address and tensor.numel():
-            raise refuse_tensor(tensor, path, "its memory was freed: its storage has been resized to 0")
+        if not address:
+            if tensor.numel():
+                raise refuse_tensor(tensor, path, "its memory was freed: its storage has been resized to 0")
+            if whole is not None:  # elsewhere it may have memory, and be tied
+                address = -id(met)
+                self._kept.append(met)
         if address and number not in result.copies:
             first = self._at.setdefault(address, number)
             if first != number:
-                known = self._tied(first, address, Entry(path, code, shape, mark), tensor)
+                known = self._tied(first, address, Entry(path, code, shape, mark, placing), tensor)
                 if known is not None:
                     return known
                 self._also_at.setdefault(address, []).append(number)
-        result.entries.append(Entry(path, code, shape, mark))
+        result.entries.append(_new(Entry, (path, code, shape, mark, placing)))
         result.tensors.append(tensor)
         return number
+
+    def _local(self, tensor: torch.Tensor, path: Segments) -> tuple[torch.Tensor, tuple[int, ...], Placing]:
+        """Return a DTensor's memory on this rank, the shape of the whole, and the placing of its entry."""
+        local, whole, placing = self._placer.local(tensor, path)
+        if placing is None:
+            return local, whole, self._placing
+        if self._placing == PER_RANK:
+            why = "it is one tensor of several ranks, and stands in a PerRank, which each rank saves for itself"
+            raise refuse_dtensor(tensor, path, why, "take it out of the PerRank")
+        self._shardings.setdefault(_folder(path), {})[id(placing)] = placing
+        return local, whole, placing
 
     def _tied(self, first: int, address: int, entry: Entry, tensor: torch.Tensor) -> int | None:
         """Return the entry of the same folder, memory, dtype, shape and strides; it gets the first of the names."""
@@ -256,7 +295,7 @@ class _Collector:
             refuse_sharded(item, path)
             if not uses_state_dict(item):
                 node: dict[str, Node] = {}
-                self._optimizers.append((item, path, node))
+                self._optimizers.append((item, path, node, self._placing))
                 return node
             self.result.objects.append(Found(path, item, OptimizerItems(item, uses_state_dict=True)))
         elif not is_object(item):
@@ -282,19 +321,44 @@ class _Collector:
         for name, content in config_files(module).items():
             if len(path) == 1:  # a folder is a top-level key: only there can others find it
                 self.result.plain_files[f"{file_name(path[0])}/{name}"] = content
-        items = {
-            name: self._tensor(item, (*path, name))
-            if isinstance(item, torch.Tensor)
-            else self._whole(item, (*path, name))
-            for name, item in read.items.items()
-        }
+        if self._several and self._placing is UNDECLARED:
+            items = self._replicated_items(module, read, path)
+        else:
+            items = {
+                name: self._tensor(item, (*path, name))
+                if isinstance(item, torch.Tensor)
+                else self._whole(item, (*path, name))
+                for name, item in read.items.items()
+            }
         metadata = None if read.metadata is None else self._value(read.metadata, (*path, "_metadata"))
         return ["module", items, metadata]
+
+    def _replicated_items(self, module: nn.Module, read: ModuleItems, path: Segments) -> dict[str, Node]:
+        """Return the nodes of a module's items, some of which may be declared to be the same on several ranks."""
+        declared = self._placer.of_module(module, path)
+        self.result.replicas |= declared.by_parameter
+        items: dict[str, Node] = {}
+        for name, item in read.items.items():
+            here = (*path, name)
+            if not isinstance(item, torch.Tensor):
+                items[name] = self._whole(item, here)
+                continue
+            if declared.by_address and is_plain(item):
+                self._placing = declared.by_address.get(item.data_ptr(), UNDECLARED)
+            items[name] = self._tensor(item, here)
+            self._placing = UNDECLARED
+        return items
 
     def _fill_optimizer(self, optimizer: Optimizer, path: Segments, node: dict[str, Node]) -> None:
         read = read_optimizer(optimizer, self._names, path)
         self.result.objects.append(Found(path, optimizer, read))
-        node["state"] = {name: self._apart(state, (*path, "state", name)) for name, state in read.state.items()}
+        node["state"] = states = {}
+        outer, replicas = self._placing, self.result.replicas
+        for name, state in read.state.items():
+            if replicas and outer is UNDECLARED:
+                self._placing = replicas.get(id(read.params[name]), UNDECLARED)
+            states[name] = self._apart(state, (*path, "state", name))
+        self._placing = outer
         node["param_groups"] = self._whole(read.groups, (*path, "param_groups"))
         if read.shared:
             node["shared"] = self._apart(read.shared, (*path, "shared"))
@@ -308,6 +372,12 @@ class _Collector:
             here = (*path, key if is_text(key) else key_segment(key, path))
             nodes.append((key, self._tensor(item, here) if type(item) is torch.Tensor else self._whole(item, here)))
         return mapping_node(state, nodes, path)
+
+
+def _other_names(collected: Collected) -> Iterator[Segments]:
+    """Yield the names of a state that are no tensors, or none yet: of values, and of what optimizers will have."""
+    yield from (path for path, _ in collected.values)
+    yield from (entry.segments for entry in expected_entries(collected))
 
 
 def _folder(path: Segments) -> str | None:

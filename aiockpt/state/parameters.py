@@ -11,6 +11,7 @@ from torch import nn
 from aiockpt.format.names import Segments, dotted
 from aiockpt.format.values import MAX_DEPTH
 from aiockpt.state.modules import Place, places, unwrap
+from aiockpt.state.per_rank import PerRank
 from aiockpt.state.values import key_segment, too_deep
 
 __all__ = ["add_module_names", "add_name", "parameter_names"]
@@ -34,6 +35,8 @@ def parameter_names(state: Mapping[Any, Any]) -> dict[int, str]:
             add_name(names, item, dotted(path))
         elif depth > MAX_DEPTH:
             raise too_deep(item, path)
+        elif isinstance(item, PerRank):
+            visit(item.value, path, depth + 1)
         elif isinstance(item, Mapping):
             for key, child in item.items():
                 visit(child, (*path, key_segment(key, path)), depth + 1)

@@ -12,10 +12,24 @@ from aiockpt.errors import UnsupportedValueError
 from aiockpt.format.names import Segments, dotted
 from aiockpt.planning.sharding import Cut, Sharding, shard_order
 
-__all__ = ["Sharded", "is_sharded", "read_sharded"]
+__all__ = ["Sharded", "is_sharded", "read_sharded", "refuse_dtensor"]
 
-_meshes: weakref.WeakKeyDictionary[Any, tuple[tuple[int, ...], tuple[int, ...]]] = weakref.WeakKeyDictionary()
-"""(lengths, global ranks) of the device meshes that were met: asking one of them takes 20 µs."""
+_MOST_SHAPES = 10_000
+"""Local shapes that a rule remembers."""
+
+
+class _Rule(NamedTuple):
+    """What placements on a mesh mean on this rank."""
+
+    sharding: Sharding
+    coordinate: tuple[int, ...]
+    shapes: dict[tuple[int, ...], tuple[int, ...]]
+    """By shape of the whole tensor: that of the local one."""
+
+
+_rules: weakref.WeakKeyDictionary[Any, dict[Any, _Rule]] = weakref.WeakKeyDictionary()
+"""By device mesh and placements, of those that were met: working one out takes 50 µs, and a state has thousands of
+tensors with few rules."""
 
 
 class Sharded(NamedTuple):
@@ -47,36 +61,59 @@ def read_sharded(tensor: Any, path: Segments) -> Sharded:
         UnsupportedValueError: It is partial, of a placement that is not torch's, on a mesh without this rank, or its
             local tensor has another shape than the rule says.
     """
-    mesh = tensor.device_mesh
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        raise _refused(tensor, path, "this rank is not part of its mesh")
-    lengths, ranks = _mesh(mesh)
-    sharding = Sharding(lengths, ranks, _cuts(tensor, lengths, path))
+    rule = _rule_of(tensor, path)
     local = tensor._local_tensor
-    if hasattr(local, "wait"):  # of a collective that is still under way
+    if type(local) is not torch.Tensor and hasattr(local, "wait"):  # of a collective that is still under way
         local = local.wait()
     shape = tuple(tensor.shape)
-    expected = sharding.local_shape(shape, coordinate)
-    if tuple(local.shape) != expected:
+    expected = rule.shapes.get(shape)
+    if expected is None:
+        if len(rule.shapes) >= _MOST_SHAPES:
+            rule.shapes.clear()
+        expected = rule.shapes[shape] = rule.sharding.local_shape(shape, rule.coordinate)
+    if local.shape != expected:
         why = f"{tensor.placements} of {list(shape)} is {list(expected)} here, and its local tensor {list(local.shape)}"
-        raise _refused(tensor, path, why)
-    return Sharded(local, shape, sharding, tuple(coordinate))
+        raise refuse_dtensor(tensor, path, why)
+    return Sharded(local, shape, rule.sharding, rule.coordinate)
 
 
-def _mesh(mesh: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    found = _meshes.get(mesh)
-    if found is None:
-        ranks = mesh.mesh
-        found = _meshes[mesh] = tuple(ranks.shape), tuple(ranks.flatten().tolist())
-    return found
+def _rule_of(tensor: Any, path: Segments) -> _Rule:
+    spec = tensor._spec
+    mesh, placements = spec.mesh, spec.placements
+    rules = _rules.get(mesh)
+    if rules is None:
+        rules = _rules[mesh] = {}
+    # With their types: a subclass of somebody's own is equal to the placement that it derives from.
+    key = tuple(map(type, placements)), placements, _own_order(spec)
+    try:
+        rule = rules.get(key)
+    except Exception:  # noqa: BLE001  # a placement of somebody's own, which torch lets nobody hash
+        rule = None
+    if rule is None:
+        coordinate = mesh.get_coordinate()
+        if coordinate is None:
+            raise refuse_dtensor(tensor, path, "this rank is not part of its mesh")
+        grid = mesh.mesh
+        # Shardings of one mesh share the tuple of its ranks, which is long.
+        known = next((other.sharding for other in rules.values()), None)
+        ranks = tuple(grid.flatten().tolist()) if known is None else known.ranks
+        lengths = tuple(grid.shape)
+        cuts = _cuts(tensor, lengths, path)
+        rule = rules[key] = _Rule(Sharding(lengths, ranks, cuts), tuple(coordinate), {})
+    return rule
+
+
+def _own_order(spec: Any) -> Any:
+    """Return in which order mesh dimensions cut, where the placements do not say it."""
+    return None if getattr(spec, "use_strided_shard_as_shard_order", True) else spec.shard_order
 
 
 def _cuts(tensor: Any, lengths: tuple[int, ...], path: Segments) -> tuple[Cut, ...]:
     spec = tensor._spec
-    if not getattr(spec, "use_strided_shard_as_shard_order", True) and spec.shard_order is not None:
+    order = _own_order(spec)
+    if order is not None:
         placed = [_placed(placement, tensor, path) for placement in spec.placements]
-        ordered = [Cut(mesh_dim, entry.tensor_dim) for entry in spec.shard_order for mesh_dim in entry.mesh_dims]
+        ordered = [Cut(mesh_dim, entry.tensor_dim) for entry in order for mesh_dim in entry.mesh_dims]
         strides = {mesh_dim: factor for mesh_dim, at in enumerate(placed) if at is not None for factor in [at[1]]}
         return tuple(Cut(cut.mesh_dim, cut.dim, strides[cut.mesh_dim]) for cut in ordered)
     return tuple(shard_order(lengths, [_placed(placement, tensor, path) for placement in spec.placements]))
@@ -93,15 +130,21 @@ def _placed(placement: Any, tensor: Any, path: Segments) -> tuple[int, int] | No
     if kind is kinds._StridedShard:
         return placement.dim, int(placement.split_factor)
     what = "partial: its ranks hold summands" if isinstance(placement, kinds.Partial) else f"placed by {placement!r}"
-    raise _refused(tensor, path, f"it is {what}")
+    raise refuse_dtensor(tensor, path, f"it is {what}")
 
 
-def _refused(tensor: Any, path: Segments, why: str) -> UnsupportedValueError:
+def refuse_dtensor(
+    tensor: Any,
+    path: Segments,
+    why: str,
+    next: str = "redistribute it to Shard and Replicate placements, or leave it out",
+) -> UnsupportedValueError:
+    """Return the error that names a DTensor's key, dtype and mesh."""
     key = dotted(path)
     return UnsupportedValueError(
         f"{key!r} cannot be saved: a DTensor of {tensor.dtype} on {tensor.device_mesh}",
         why=why,
-        next="redistribute it to Shard and Replicate placements, or leave it out",
+        next=next,
         key=key,
         type_name=f"DTensor[{str(tensor.dtype).removeprefix('torch.')}]",
     )

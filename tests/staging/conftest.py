@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from aiockpt.staging import copy_cuda
+from tests.staging.fake_cuda import FakeCuda
 from tests.staging.rig import Rig
 
 
@@ -43,3 +45,16 @@ def fresh_guard(monkeypatch: pytest.MonkeyPatch) -> None:
     from aiockpt.staging import guard
 
     monkeypatch.setattr(guard, "_guard", guard._Guard())
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    """A device whose work is done when the test says so."""
+    monkeypatch.setattr(copy_cuda, "JOINED_NBYTES", 8192)
+    monkeypatch.setattr(copy_cuda, "RUN_NBYTES", 12_000)
+    monkeypatch.setattr(copy_cuda, "CHUNK_NBYTES", 20_000)
+    fake = FakeCuda()
+    fake.patch(monkeypatch)
+    with fake:
+        yield fake
+        fake.run()

@@ -34,10 +34,16 @@ class Rig:
     """Stages snapshots of one state and compares what arrived."""
 
     def __init__(
-        self, *, snapshot: Any = "guarded", stall_timeout: float | None = PATIENCE_SECONDS, thresholds: Any = SMALL
+        self,
+        *,
+        snapshot: Any = "guarded",
+        stall_timeout: float | None = PATIENCE_SECONDS,
+        thresholds: Any = SMALL,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.stager = Stager(snapshot=snapshot, stall_timeout=stall_timeout, thresholds=thresholds)
-        self.plans = PlanCache()
+        self.plans = PlanCache(rank=rank, world=world)
         self.plan: LocalPlan | None = None
         self.arena: ArenaView | None = None
         self.steps = 0

@@ -11,25 +11,12 @@ import torch
 from torch import nn
 
 from aiockpt.errors import SaveTimeoutError, TornSnapshotError, UsageError
-from aiockpt.staging import copy_cuda
 from tests.staging.fake_cuda import Event, FakeCuda, Stream
 from tests.staging.rig import PATIENCE_SECONDS, Rig, live
 
 SEEDS = range(12)
 LARGE, SMALL = 3000, 60
 """Elements of a tensor that is copied by itself, and of one that is joined with its neighbours."""
-
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
-    monkeypatch.setattr(copy_cuda, "JOINED_NBYTES", 8192)
-    monkeypatch.setattr(copy_cuda, "RUN_NBYTES", 12_000)
-    monkeypatch.setattr(copy_cuda, "CHUNK_NBYTES", 20_000)
-    fake = FakeCuda()
-    fake.patch(monkeypatch)
-    with fake:
-        yield fake
-        fake.run()
 
 
 @pytest.fixture

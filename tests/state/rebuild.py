@@ -38,6 +38,8 @@ def rebuild(collected: Collected) -> Any:
         tag = node[0]
         if tag in ("list", "tuple"):
             return {"list": list, "tuple": tuple}[tag](build(child) for child in node[1])
+        if tag == "per_rank":
+            return build(node[1])
         if tag == "module":
             return {key: build(child) for key, child in node[1].items()}
         pairs = [(decode_key(key, FILE), build(child)) for key, child in node[1]]

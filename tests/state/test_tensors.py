@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from aiockpt.errors import UnsupportedValueError
+from aiockpt.planning.local import Entry
 from aiockpt.state.collect import collect
 from tests.state.rebuild import round_trip, same
 
@@ -96,14 +97,20 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def test_a_dtensor_is_refused_as_an_unknown_subclass(process_group: None):
-    """Sharded tensors are refused before their pointer, which is 0 for all of them, is read."""
+def test_a_dtensor_of_one_rank_is_its_local_tensor(process_group: None):
+    """With the shape of the whole; tied ones are one entry."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (1,))
-    with pytest.raises(UnsupportedValueError, match="unknown tensor subclass, DTensor"):
-        collect({"x": distribute_tensor(torch.ones(4), mesh, [Replicate()])})
+    weight = distribute_tensor(torch.ones(4, 2, requires_grad=True), mesh, [Shard(0)])
+    collected = collect(
+        {"x": {"w": weight, "v": weight.detach(), "u": distribute_tensor(torch.ones(3), mesh, [Replicate()])}}
+    )
+    assert collected.entries == [Entry(("x", "v"), "F32", (4, 2)), Entry(("x", "u"), "F32", (3,))]
+    assert [type(tensor) for tensor in collected.tensors] == [torch.Tensor, torch.Tensor]
+    assert collected.tensors[0].data_ptr() == weight._local_tensor.data_ptr()
+    assert not collected.tensors[0].requires_grad
 
 
 def test_a_tensor_inside_a_transform_is_refused():
