@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import secrets
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from aiockpt.format.names import bad_name, old_name, parse_attempt, parse_old, parse_term, step_name, term_name
+from aiockpt.format.names import (
+    bad_name,
+    meet_name,
+    old_name,
+    parse_attempt,
+    parse_meet,
+    parse_old,
+    parse_term,
+    step_name,
+    term_name,
+)
 from aiockpt.storage.commit import to_trash
 from aiockpt.storage.direct import sync_dir
 from aiockpt.storage.failures import storage_error, storage_errors
@@ -63,6 +75,8 @@ class RunClaim:
         self._run_fd = run_fd
         self._lock = lock
         self._faults = faults
+        self._meet = ""
+        """The file that other ranks look for."""
 
     @classmethod
     def take(
@@ -155,6 +169,9 @@ class RunClaim:
         for name in names:
             if parse_attempt(name) is not None:
                 self._to_trash(name)
+            elif parse_meet(name) is not None:
+                with contextlib.suppress(FileNotFoundError):  # its owner lets go, over a file system without locks
+                    os.unlink(name, dir_fd=self._run_fd)
         for name, step in self._replaced(names):
             if step_name(step) in names:
                 self._to_trash(name)
@@ -184,6 +201,21 @@ class RunClaim:
         if seen >= self.term:  # checkpoints of another run were copied into this one, or its terms got lost
             self._claim_term(seen + 1)
         self.highest_ordinal = max((known.ordinal for known in self.checkpoints), default=0)
+
+    def make_meet(self) -> str:
+        """Make the file by which other ranks see that this is their directory, too; once, it goes with the claim.
+
+        Returns:
+            Its name in the run, which nobody can know who was not told.
+
+        Raises:
+            StorageError: It cannot be made.
+        """
+        name = meet_name(secrets.token_hex(16))
+        with storage_errors("a file for the ranks to meet at was not made", f"{self.run}/{name}"):
+            os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=self._run_fd))
+        self._meet = name
+        return name
 
     def find(self, step: int, save_id: str) -> Committed | None:
         """Return ``step-N`` where it stands now and is that of this save.
@@ -257,6 +289,10 @@ class RunClaim:
 
     def release(self) -> None:
         """Let go of the run; idempotent, and nothing happens in a forked child."""
+        meet, self._meet = self._meet, ""
+        if meet:
+            with contextlib.suppress(OSError):  # the next claim removes it
+                os.unlink(meet, dir_fd=self._run_fd)
         self._lock.release()
         fd, self._run_fd = self._run_fd, -1
         if fd >= 0:
@@ -265,6 +301,7 @@ class RunClaim:
     def forget_in_child(self) -> None:
         """Close what a forked child got a copy of; the parent's claim stands."""
         self._lock.forget_in_child()
+        self._meet = ""
         fd, self._run_fd = self._run_fd, -1
         if fd >= 0:
             os.close(fd)

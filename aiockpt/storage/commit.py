@@ -6,6 +6,7 @@ that is mounted over, is never mixed with another.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -19,7 +20,7 @@ from aiockpt.storage.failures import NO_LOCKS, FencedError, storage_errors
 from aiockpt.storage.faults import NO_FAULTS, FaultPoint, Faults
 from aiockpt.storage.run_directory import Committed, find_committed, highest_term
 
-__all__ = ["make_attempt", "publish", "remove_tree", "retire", "to_trash", "write_manifest"]
+__all__ = ["join_attempt", "make_attempt", "publish", "remove_tree", "retire", "to_trash", "write_manifest"]
 
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -42,6 +43,27 @@ def make_attempt(run_fd: int, name: str, folders: Iterable[str], *, faults: Faul
         try:
             for folder in folders:
                 os.mkdir(folder, dir_fd=fd)
+            faults.at(FaultPoint.WORKER_ATTEMPT_MADE, name)
+        except BaseException:
+            os.close(fd)
+            raise
+    return fd
+
+
+def join_attempt(run_fd: int, name: str, folders: Iterable[str], *, faults: Faults = NO_FAULTS) -> int:
+    """Open an attempt that another rank made; returns the descriptor of the outer directory, which the caller closes.
+
+    Folders are made by whoever comes first: rank 0 does not know those that only other ranks have.
+
+    Raises:
+        StorageError: ENOENT is an attempt that was moved away.
+    """
+    with storage_errors("an attempt's directory was not opened", name, fd=run_fd):
+        fd = os.open(name, _OPEN_DIRECTORY, dir_fd=run_fd)
+        try:
+            for folder in folders:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(folder, dir_fd=fd)
             faults.at(FaultPoint.WORKER_ATTEMPT_MADE, name)
         except BaseException:
             os.close(fd)

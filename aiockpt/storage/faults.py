@@ -11,7 +11,7 @@ __all__ = ["NO_FAULTS", "FaultPoint", "Faults"]
 
 
 class FaultPoint(StrEnum):
-    """Where a process can be killed, stopped, delayed, or told of an error."""
+    """Where a process can be killed, stopped or delayed; and, where something is tried, told of an error."""
 
     WORKER_STARTED = "worker.started"
     WORKER_ALLOCATING = "worker.allocating"
@@ -38,6 +38,26 @@ class FaultPoint(StrEnum):
     """A checkpoint is about to be renamed out of the run."""
     WORKER_REMOVE = "worker.remove"
     """Something on its way out is about to be deleted."""
+    WORKER_WELCOMED = "worker.welcomed"
+    """Of several ranks: the hub has taken this one in, and nobody was told."""
+    WORKER_OPENED = "worker.opened"
+    """Of several ranks: this one has heard under which id it writes; neither its trainer nor the disk knows."""
+    WORKER_CHECKING = "worker.checking"
+    """The hub: all ranks have come, and their plans are about to be compared."""
+    WORKER_WRITTEN_SAID = "worker.written_said"
+    """Of several ranks: the hub was told that this one's files are durable."""
+    WORKER_DETAILS_SAID = "worker.details_said"
+    """Of several ranks: the hub was told what this one has sums of; only ranks that are asked come here."""
+    WORKER_COMPARING = "worker.comparing"
+    """The hub: all ranks have written, and their details are about to be compared."""
+    WORKER_COMMITTING = "worker.committing"
+    """Of several ranks: this one has heard that the hub commits; its trainer has not."""
+    WORKER_ENDED = "worker.ended"
+    """Of several ranks: this one has heard the outcome; its trainer has not."""
+    WORKER_LOOKING = "worker.looking"
+    """A later hub: about to look whether a checkpoint stands that an earlier one had opened."""
+    WORKER_DROPPING = "worker.dropping"
+    """The hub: a save has failed on all ranks, and its attempt is about to be moved away."""
     TRAINER_BEGIN_SENT = "trainer.begin_sent"
     TRAINER_COPIED = "trainer.copied"
     TRAINER_STAGED_SENT = "trainer.staged_sent"
@@ -47,6 +67,10 @@ class FaultPoint(StrEnum):
     """Before each read of a checkpoint's file."""
     TRAINER_TAKING_RUN = "trainer.taking_run"
     """The lock is held, the term is not claimed yet."""
+    TRAINER_ENLISTING = "trainer.enlisting"
+    """Of several ranks: the worker is about to be told where the others are."""
+    TRAINER_VOTING = "trainer.voting"
+    """Of several ranks: before each vote of a restore; the path is the vote's name."""
 
 
 class Faults:

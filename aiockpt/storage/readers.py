@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import NoReturn, Self
 
+import xxhash
+
 from aiockpt.errors import CheckpointCorruptError, CheckpointError, ConfigError, StepNotFoundError
 from aiockpt.format.image import Header
 from aiockpt.format.manifest import Manifest, decode_manifest
@@ -42,6 +44,9 @@ class OpenCheckpoint:
     path: str
     """Absolute."""
     manifest: Manifest
+    manifest_nbytes: int
+    manifest_sum: str
+    """xxh3-128 of all its bytes: by these two other ranks know that they see the same one."""
 
     def __init__(self, path: str, faults: Faults) -> None:
         self.path = path
@@ -110,6 +115,11 @@ class OpenCheckpoint:
 
     def _open(self) -> None:
         self._open_directory()
+        self._read_manifest()
+        for index in range(len(self.manifest.files)):
+            self._check_file(index)
+
+    def _read_manifest(self) -> None:
         file = f"{self.path}/{MANIFEST_NAME}"
         with self._missing_is_damage(file):
             manifest_fd = os.open(MANIFEST_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self._fds[0])
@@ -121,6 +131,7 @@ class OpenCheckpoint:
             if size > _MAX_MANIFEST_NBYTES:
                 self._refuse(file, f"it has {size} bytes", 0)
             data = _read_all(manifest_fd, size)
+        self.manifest_nbytes, self.manifest_sum = len(data), xxhash.xxh3_128_hexdigest(data)
         try:
             self.manifest = decode_manifest(data, file=file)
         except CheckpointCorruptError as exc:
@@ -130,8 +141,6 @@ class OpenCheckpoint:
         if self._step not in (None, step):
             self._refuse(file, f"it is the manifest of step {step}", 0)
         self._step = step
-        for index in range(len(self.manifest.files)):
-            self._check_file(index)
 
     def _open_directory(self) -> None:
         try:

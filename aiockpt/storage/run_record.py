@@ -15,6 +15,7 @@ from aiockpt.format.names import (
     RUN_RECORD_NAME,
     parse_attempt,
     parse_bad,
+    parse_meet,
     parse_old,
     parse_step,
     parse_term,
@@ -141,7 +142,7 @@ def _is_ours(run_fd: int, name: str) -> bool:
         return True
     if parse_step(name) is not None:  # copied here without the record; others name their folders so, too
         return os.access(f"{name}/{MANIFEST_NAME}", os.F_OK, dir_fd=run_fd)
-    return any(parse(name) is not None for parse in (parse_term, parse_attempt, parse_old, parse_bad))
+    return any(parse(name) is not None for parse in (parse_term, parse_attempt, parse_old, parse_bad, parse_meet))
 
 
 def make_record(run_fd: int) -> RunRecord:
