@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from aiockpt.errors import CheckpointCorruptError, ConfigError, StepNotFoundError
 from aiockpt.format.names import MANIFEST_NAME, parse_step
-from aiockpt.storage.run_directory import Committed, Scan, is_step_directory, scan
+from aiockpt.storage.run_directory import Committed, Scan, Unreadable, is_step_directory, scan
 from aiockpt.storage.run_record import check_run
 
 __all__ = ["Candidate", "Choice", "choose"]
@@ -33,8 +33,8 @@ class Choice(NamedTuple):
     candidates: list[Candidate]
     explicit: bool
     """Whether one was named, so that no other will do."""
-    unreadable: dict[int, str]
-    """Steps whose directories have no usable head, with the reason; they were warned of."""
+    damaged: list[CheckpointCorruptError]
+    """Of directories that are named as checkpoints and have no usable head."""
 
 
 def choose(path: str | os.PathLike[str], step: int | None) -> Choice:
@@ -62,7 +62,7 @@ def choose(path: str | os.PathLike[str], step: int | None) -> Choice:
                 argument="step",
                 path=where,
             )
-        return Choice(where, [Candidate(where, None)], True, {})
+        return Choice(where, [Candidate(where, None)], True, [])
     check_run(where)
     found = scan(where)
     return _newest_first(where, found) if step is None else _the_one(where, found, step)
@@ -81,10 +81,8 @@ def _absolute(path: str | os.PathLike[str]) -> str:
 
 
 def _newest_first(run: str, found: Scan) -> Choice:
-    for step, path, why in found.unreadable:
-        _log.warning("step %d is passed over, %s is damaged: %s", step, path, why)
     candidates = [Candidate(committed.path, committed) for committed in found.checkpoints]
-    return Choice(run, candidates, False, {step: why for step, _, why in found.unreadable})
+    return Choice(run, candidates, False, [_damage(bad) for bad in found.unreadable])
 
 
 def _the_one(run: str, found: Scan, step: int) -> Choice:
@@ -93,17 +91,10 @@ def _the_one(run: str, found: Scan, step: int) -> Choice:
             if index:
                 newer = ", ".join(str(other.step) for other in found.checkpoints[:index][:_MOST_NAMED])
                 _log.warning("step %d of %s is restored while newer ones stand: %s", step, run, newer)
-            return Choice(run, [Candidate(committed.path, committed)], True, {})
-    for damaged in found.unreadable:
-        if damaged.step == step:
-            raise CheckpointCorruptError(
-                f"{damaged.path} is no checkpoint",
-                why=damaged.why,
-                next="restore another step",
-                step=step,
-                file=f"{damaged.path}/{MANIFEST_NAME}",
-                offset=0,
-            )
+            return Choice(run, [Candidate(committed.path, committed)], True, [])
+    for bad in found.unreadable:
+        if bad.step == step:
+            raise _damage(bad)
     standing = ", ".join(str(known.step) for known in found.checkpoints[:_MOST_NAMED]) or "none"
     raise StepNotFoundError(
         f"{run} has no checkpoint of step {step}",
@@ -111,4 +102,15 @@ def _the_one(run: str, found: Scan, step: int) -> Choice:
         next="choose one of these, or leave step= out for the newest",
         step=step,
         path=run,
+    )
+
+
+def _damage(bad: Unreadable) -> CheckpointCorruptError:
+    return CheckpointCorruptError(
+        f"{bad.path} is no checkpoint",
+        why=bad.why,
+        next="restore another step",
+        step=bad.step,
+        file=f"{bad.path}/{MANIFEST_NAME}",
+        offset=0,
     )

@@ -11,11 +11,11 @@ import torch
 from aiockpt.errors import StepNotFoundError
 from aiockpt.format.names import Segments, dotted
 from aiockpt.format.tree import Node, is_blob, walk
+from aiockpt.restoring.candidates import Candidates, OnBad, first_good, of_step
 from aiockpt.restoring.checkpoint_view import CheckpointView
 from aiockpt.restoring.mapped import FileMaps
 from aiockpt.restoring.plan import Plan
 from aiockpt.restoring.read import READ_THREADS, Reading, never
-from aiockpt.restoring.run import OnBad, first_good
 from aiockpt.restoring.selection import Patterns, Selection
 from aiockpt.storage.readers import OpenCheckpoint
 
@@ -52,6 +52,7 @@ def load_checkpoint(
         CheckpointError: As ``restore_run``.
     """
     selection = Selection(include)
+    candidates = Candidates(path, step, on_bad=on_bad)
 
     def use(checkpoint: OpenCheckpoint) -> dict[str, Any]:
         view = CheckpointView(checkpoint.manifest, f"{checkpoint.path}/manifest.json")
@@ -72,7 +73,15 @@ def load_checkpoint(
         plan.build()
         return _as_dict(view, part.value)
 
-    found = first_good(path, step, use, on_bad=on_bad)
+    def load_next() -> dict[str, Any] | None:
+        checkpoint = candidates.open_next()
+        if checkpoint is None:
+            candidates.none_left()
+            return None
+        with checkpoint, of_step(checkpoint.manifest.head.step):
+            return use(checkpoint)
+
+    found = first_good(candidates, load_next)
     if found is None:
         raise StepNotFoundError(
             f"{os.path.abspath(os.fspath(path))} has no checkpoint yet",
@@ -80,7 +89,7 @@ def load_checkpoint(
             next="save first, or give the path of another run",
             path=os.path.abspath(os.fspath(path)),
         )
-    return found[0]
+    return found
 
 
 def read_entry(checkpoint: OpenCheckpoint, view: CheckpointView, entry: int) -> torch.Tensor:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
-import re
 from collections.abc import Collection, Iterable
 
 from aiockpt.errors import ConfigError
+from aiockpt.state.patterns import Patterns, compile_patterns, pattern_texts
 
 __all__ = ["ALL", "Patterns", "Selection"]
-
-Patterns = str | Iterable[str] | None
 
 
 class Selection:
@@ -31,10 +28,10 @@ class Selection:
     """
 
     def __init__(self, include: Patterns = None, exclude: Patterns = None) -> None:
-        includes, excludes = _texts(include, "include"), _texts(exclude, "exclude")
-        self._includes = [(text, _compile([text])) for text in includes] if include is not None else None
-        self._include = None if include is None else _compile(includes)
-        self._exclude = _compile(excludes) if excludes else None
+        includes, excludes = pattern_texts(include, "include"), pattern_texts(exclude, "exclude")
+        self._includes = [(text, compile_patterns([text])) for text in includes] if include is not None else None
+        self._include = None if include is None else compile_patterns(includes)
+        self._exclude = compile_patterns(excludes) if excludes else None
 
     @property
     def everything(self) -> bool:
@@ -80,25 +77,6 @@ class Selection:
                 next=f"names are dotted, as in {', '.join(map(repr, itertools.islice(names, 3)))}",
                 argument=argument,
             )
-
-
-def _texts(patterns: Patterns, argument: str) -> list[str]:
-    given: object = () if patterns is None else patterns
-    texts = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
-    for text in texts:
-        if not isinstance(text, str) or not text:
-            raise ConfigError(
-                f"{argument} was refused",
-                why=f"{text!r} is no pattern",
-                next=f'give dotted names with wildcards, as in {argument}=["model.*"]',
-                argument=argument,
-            )
-    return [str(text) for text in texts]
-
-
-def _compile(texts: list[str]) -> re.Pattern[str]:
-    # translate() ends with \Z (\z from Python 3.14 on), two characters that give way to "or all that is below"
-    return re.compile("|".join(rf"(?:{fnmatch.translate(text)[:-2]}(?s:\..*)?\Z)" for text in texts) or r"(?!)")
 
 
 ALL = Selection()

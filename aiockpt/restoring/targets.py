@@ -21,6 +21,7 @@ from aiockpt.state.modules import ModuleItems, read_module
 from aiockpt.state.objects import is_object
 from aiockpt.state.optimizers import OptimizerItems, read_optimizer
 from aiockpt.state.parameters import parameter_names
+from aiockpt.state.per_rank import PerRank
 from aiockpt.state.values import encode_key
 
 __all__ = [
@@ -72,6 +73,33 @@ class Slot:
 
     def _holder(self) -> Any:
         return self.parent.current() if type(self.container) is tuple and self.parent is not None else self.container
+
+
+class OwnSlot(Slot):
+    """What a ``PerRank`` holds; as that cannot be changed, another one takes its place.
+
+    Args:
+        outer: Where the ``PerRank`` stands.
+    """
+
+    __slots__ = ("_outer",)
+
+    def __init__(self, outer: Slot) -> None:
+        super().__init__(outer.current(), "value", outer)
+        self._outer = outer
+
+    def current(self) -> Any:
+        """Return what is held now."""
+        return self._outer.current().value
+
+    def assign(self, value: Any) -> None:
+        """Hold ``value``."""
+        self._outer.assign(PerRank(value))
+
+    @property
+    def fixed(self) -> str | None:
+        """Return the name of the type that takes no assignment, or None where one will do."""
+        return self._outer.fixed
 
 
 @dataclass(slots=True)
@@ -210,6 +238,9 @@ class _Reader:
             return self._parts(item, keys, path, slot, depth)
         if kind in (list, tuple):
             return self._parts(item, [(str(i), str(i), i) for i in range(len(item))], path, slot, depth)
+        if kind is PerRank:
+            inner = OwnSlot(slot)
+            return self._part(item.value, path, inner, depth + 1, in_list=in_list) or ValueTarget(path, inner)
         return self._object(item, path)
 
     def _parts(

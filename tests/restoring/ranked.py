@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import torch
+import torch.distributed as dist
 
 from aiockpt.format.image import MAX_HEADER_NBYTES
 from aiockpt.format.manifest import FileRecord, Head, encode_manifest, encode_own
-from aiockpt.format.names import INDEX_NAME, Segments, dotted
+from aiockpt.format.names import INDEX_NAME, dotted
 from aiockpt.format.tree import PER_RANK as PER_RANK_TAG
 from aiockpt.planning.global_plan import merge
 from aiockpt.planning.local import MAX_FILE_ENTRIES, LocalPlan, plan_local
 from aiockpt.planning.placings import PER_RANK, Placing, replicated
 from aiockpt.planning.sharding import Cut, Sharding
 from aiockpt.protocol.messages import FileImage
-from aiockpt.state import collect as collecting
 from aiockpt.state.collect import Collected, collect
-from aiockpt.state.dtypes import stored_form
-from aiockpt.state.sharded import is_sharded, read_sharded
+from aiockpt.state.ranks import Ranks
 from aiockpt.state.values import encode_metadata, encode_values
 from tests.restoring.writing import filled, make_run_record, write_file
 
-__all__ = ["Staged", "by_dim", "collected_on_rank", "commit", "cut_by", "stage", "write_ranks"]
+__all__ = ["Staged", "as_rank", "by_dim", "commit", "cut_by", "save_together", "stage", "write_ranks"]
 
 PlacingOf = Callable[[str, tuple[int, ...]], Placing]
 """Dotted name and whole shape → placing."""
@@ -87,25 +85,33 @@ def write_ranks(
     directory = run / f"step-{step}"
     staged = []
     for rank, state in enumerate(states):
-        collected = collect(state)
-        for number, entry in enumerate(collected.entries):
-            mine = entry.segments[0] in own
-            placing = PER_RANK if mine else placing_of(dotted(entry.segments), entry.shape)
-            collected.entries[number] = entry._replace(placing=placing)
-            if isinstance(placing, Sharding):
-                collected.tensors[number] = local_part(collected.tensors[number], placing, rank)
-        for key in own:
-            if key in collected.tree:
-                collected.tree[key] = [PER_RANK_TAG, collected.tree[key]]
+        collected = as_rank(state, placing_of, rank, own)
         staged.append(stage(directory, collected, rank, world, file_entries))
     commit(run, directory, staged, file_entries)
     return directory
 
 
+def as_rank(state: Mapping[Any, Any], placing_of: PlacingOf, rank: int, own: Sequence[str] = ()) -> Collected:
+    """Collect a state of whole tensors as one of several ranks would that hold their parts."""
+    collected = collect(state)
+    for number, entry in enumerate(collected.entries):
+        mine = entry.segments[0] in own
+        placing = PER_RANK if mine else placing_of(dotted(entry.segments), entry.shape)
+        collected.entries[number] = entry._replace(placing=placing)
+        if isinstance(placing, Sharding):
+            collected.tensors[number] = local_part(collected.tensors[number], placing, rank)
+    for key in own:
+        node = collected.tree.get(key)
+        if node is not None and not (isinstance(node, list) and node[0] == PER_RANK_TAG):  # as an RNG is by itself
+            collected.tree[key] = [PER_RANK_TAG, node]
+    return collected
+
+
 def local_part(tensor: torch.Tensor, sharding: Sharding, rank: int) -> torch.Tensor:
-    """Return what a rank of a job holds of a whole tensor."""
+    """Return what a rank of a job holds of a whole tensor; of what another rank alone has to say, all."""
     coordinate = sharding.coordinate(rank)
-    assert coordinate is not None
+    if coordinate is None:
+        return tensor
     shape = tuple(tensor.shape)
     local = torch.zeros(sharding.local_shape(shape, coordinate), dtype=tensor.dtype)
     for chunk in sharding.chunks(shape, coordinate):
@@ -170,28 +176,21 @@ def commit(run: Path, directory: Path, staged: Sequence[Staged], file_entries: i
     make_run_record(run)
 
 
-@contextmanager
-def collected_on_rank(state: Mapping[Any, Any]) -> Iterator[Collected]:
-    """Collect a state with DTensors on a real rank: their local tensors, with the rule by which they were cut."""
-    original: Any = collecting._Collector._tensor
+def save_together(run: Path, state: Mapping[Any, Any], *, step: int = 1, **options: Any) -> LocalPlan:
+    """Write a checkpoint on real ranks, which all call this; ``options`` are those of ``collect``.
 
-    def read(self: Any, tensor: torch.Tensor, path: Segments) -> int:
-        if not is_sharded(tensor):
-            return int(original(self, tensor, path))
-        local, shape, sharding, _ = read_sharded(tensor, path)
-        number = int(original(self, local, path))
-        form = stored_form(tensor.dtype, shape)
-        assert form is not None
-        code, stored, mark = form
-        entries = self.result.entries
-        entries[number] = entries[number]._replace(dtype=code, shape=stored, mark=mark, placing=sharding)
-        return number
-
-    collecting._Collector._tensor = read  # type: ignore[method-assign]
-    try:
-        yield collect(state)
-    finally:
-        collecting._Collector._tensor = original  # type: ignore[method-assign]
+    Returns:
+        This rank's plan.
+    """
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), tuple(range(dist.get_world_size())))
+    directory = run / f"step-{step}"
+    mine = stage(directory, collect(state, ranks=ranks, **options), ranks.rank, ranks.world)
+    staged: list[Any] = [None] * ranks.world
+    dist.all_gather_object(staged, mine)
+    if ranks.rank == 0:
+        commit(run, directory, staged)
+    dist.barrier()
+    return mine.plan
 
 
 def _written(directory: Path, file: FileImage, arena: bytearray, rank: int) -> FileRecord:
