@@ -13,7 +13,7 @@ from aiockpt.errors import StorageError
 from aiockpt.format.manifest import FileRecord, Head, encode_manifest
 from aiockpt.format.names import attempt_name
 from aiockpt.protocol.messages import BeginSave, EndStaging
-from aiockpt.storage.commit import make_attempt, publish, remove_tree, write_manifest
+from aiockpt.storage.commit import join_attempt, make_attempt, publish, remove_tree, write_manifest
 from aiockpt.storage.failures import FencedError, storage_errors
 from aiockpt.storage.faults import FaultPoint, Faults
 from aiockpt.storage.run_directory import Committed, find_committed
@@ -58,6 +58,18 @@ class Attempt:
             self._run.open_attempt()
             self._is_open = True
             self._fd = make_attempt(self._run.fd, self.name, self._folders, faults=self._faults)
+        return self._fd
+
+    def join(self) -> int:
+        """Open the directories that the worker of rank 0 made, as ``make``.
+
+        Raises:
+            StorageError: They are not there, or not all of them can be used.
+        """
+        with self._activity.operation(f"open {self.name}"):
+            self._run.open_attempt()
+            self._is_open = True
+            self._fd = join_attempt(self._run.fd, self.name, self._folders, faults=self._faults)
         return self._fd
 
     def write_manifest(self, end: EndStaging, records: Sequence[FileRecord], plan: bytes) -> None:

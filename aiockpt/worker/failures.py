@@ -10,6 +10,7 @@ from aiockpt.errors import (
     CheckpointError,
     CommitUnknownError,
     ConfigError,
+    PlanMismatchError,
     ProtocolError,
     SaveCancelledError,
     StepExistsError,
@@ -20,13 +21,16 @@ from aiockpt.storage.failures import FencedError, storage_error
 
 __all__ = ["as_wire_error", "protocol_error_in"]
 
-_Kind = Literal["storage", "memory", "fenced", "exists", "cancelled", "config", "unknown_commit", "internal"]
+_Kind = Literal[
+    "storage", "memory", "fenced", "exists", "cancelled", "config", "unknown_commit", "mismatch", "internal"
+]
 
 _KINDS: tuple[tuple[type[CheckpointError], _Kind], ...] = (
     (CommitUnknownError, "unknown_commit"),
     (FencedError, "fenced"),  # before its base class
     (StepExistsError, "exists"),
     (SaveCancelledError, "cancelled"),
+    (PlanMismatchError, "mismatch"),
     (StorageError, "storage"),
     (ConfigError, "config"),
 )
@@ -48,6 +52,8 @@ def as_wire_error(exc: BaseException) -> WireError:
                 next=exc.next,
                 errno=getattr(exc, "errno", None),
                 path=getattr(exc, "path", None),
+                keys=list(getattr(exc, "keys", None) or ()),
+                ranks=list(getattr(exc, "ranks", None) or ()),
             )
     return WireError(
         kind="internal",

@@ -8,7 +8,6 @@ import secrets
 import threading
 
 from aiockpt.format.names import trash_name
-from aiockpt.protocol.messages import Setup
 from aiockpt.storage.failures import storage_errors
 from aiockpt.storage.locks import AttemptLock
 from aiockpt.storage.run_directory import open_run
@@ -17,36 +16,35 @@ __all__ = ["Run"]
 
 
 class Run:
-    """Descriptor, term and lock of the run; made by ``open``, kept while the process lives."""
+    """Descriptor, term and lock of the run, kept while the process lives; nothing but ``open`` works before it."""
 
-    def __init__(self, path: str, term: int, fd: int, lock: AttemptLock) -> None:
+    def __init__(self, path: str, term: int) -> None:
         self.path = path
         self.term = term
-        self.fd = fd
-        self._lock = lock
+        self.fd = -1
+        self._lock: AttemptLock | None = None
         self._guard = threading.Lock()
         self._attempts = 0
 
-    @classmethod
-    def open(cls, setup: Setup) -> Run:
+    def open(self) -> None:
         """Open the directory that the trainer took, and make sure that files can be made in it. Blocks.
 
         Raises:
             ConfigError: It is not there, or is no directory.
             StorageError: It cannot be written.
         """
-        fd = open_run(setup.run)
+        fd = open_run(self.path)
         try:
-            with storage_errors("a run directory cannot be written", setup.run):
+            with storage_errors("a run directory cannot be written", self.path):
                 # By doing it: neither modes nor access() know about read-only mounts, quotas or root squashing.
                 probe = trash_name(f"probe.{secrets.token_hex(8)}")
                 os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=fd))
                 os.unlink(probe, dir_fd=fd)
-                lock = AttemptLock(fd)
+                self._lock = AttemptLock(fd)
         except BaseException:
             os.close(fd)
             raise
-        return cls(setup.run, setup.term, fd, lock)
+        self.fd = fd
 
     @property
     def is_gone(self) -> bool:
@@ -71,6 +69,7 @@ class Run:
         """
         with self._guard, storage_errors("a run was not locked", self.path):
             if not self._attempts:
+                assert self._lock is not None, "the run is open"
                 self._lock.acquire()
             self._attempts += 1
 
@@ -78,6 +77,6 @@ class Run:
         """Say that an attempt is no longer open."""
         with self._guard:
             self._attempts -= 1
-            if not self._attempts:
+            if not self._attempts and self._lock is not None:
                 with contextlib.suppress(OSError):  # the process's end does it too
                     self._lock.release()

@@ -1,10 +1,8 @@
-"""One save in the worker, from BeginSave to its outcome."""
+"""One save in the worker, from BeginSave to its outcome: what saves of one and of several ranks have in common."""
 
 from __future__ import annotations
 
-import functools
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,10 +10,10 @@ from typing import TypeVar
 import anyio
 import anyio.to_thread
 
-from aiockpt.errors import ProtocolError, SaveCancelledError, StorageError
+from aiockpt.errors import ProtocolError, StorageError
 from aiockpt.format.image import ALIGN, round_up
 from aiockpt.format.names import MANIFEST_NAME, attempt_name, parse_attempt, parse_step
-from aiockpt.protocol.lifecycle import SaveEvent, SaveState, advance
+from aiockpt.protocol.lifecycle import FINAL, SaveEvent, SaveState, advance
 from aiockpt.protocol.messages import (
     BeginSave,
     Committed,
@@ -27,14 +25,12 @@ from aiockpt.protocol.messages import (
     SlotFree,
     Staged,
 )
+from aiockpt.protocol.terms import WireError
 from aiockpt.storage.commit import retire
 from aiockpt.storage.faults import Faults
 from aiockpt.worker.activity import Activity
-from aiockpt.worker.attempt import Attempt
-from aiockpt.worker.failures import as_wire_error
 from aiockpt.worker.run import Run
 from aiockpt.worker.sweeper import Sweeper
-from aiockpt.worker.writer import FilesWriter
 
 __all__ = ["Save", "Surroundings", "check_begin"]
 
@@ -56,6 +52,28 @@ class Surroundings:
     """Threads that work on directories, so that these never wait behind blocks."""
     send: Callable[[Message], None]
 
+    def prune(self, names: list[str]) -> dict[str, str]:
+        """Take old checkpoints out of the run; the new one stands whatever happens here. Blocks.
+
+        Returns:
+            Names that are gone, and under which names their directories wait to be deleted.
+        """
+        pruned = {}
+        for name in names:
+            try:
+                with self.activity.operation(f"retire {name}"):
+                    trash = retire(self.run.fd, name, faults=self.faults)
+            except StorageError as exc:
+                _log.warning("%s was not removed by retention\n%s", name, exc)
+                continue
+            if trash is not None:
+                pruned[name] = trash
+        return pruned
+
+    async def in_thread(self, function: Callable[[], _T]) -> _T:
+        """Run what blocks on directories."""
+        return await anyio.to_thread.run_sync(function, limiter=self.clerks)
+
 
 class Save:
     """Moves along ``protocol.lifecycle``; ``run`` is its one task, everything else is called by the reader."""
@@ -63,25 +81,15 @@ class Save:
     def __init__(self, begin: BeginSave, arena: memoryview, surroundings: Surroundings) -> None:
         """Take over ``arena``, which is released when no thread reads it any more."""
         self.save_id = begin.save_id
+        self.begin = begin
         self.holds_slot = True
-        self._begin = begin
         self._arena = arena
         self._s = surroundings
         self._state = advance(SaveState.PLANNED, SaveEvent.BEGIN)
         self._end: EndStaging | None = None
         self._staged = anyio.Event()
-        self._cancelling = anyio.CancelScope()
         self._ended = anyio.Event()
         self._reported = 0
-        self._is_published = False
-        self._attempt = Attempt(surroundings.run, begin, activity=surroundings.activity, faults=surroundings.faults)
-        self._writer = FilesWriter(
-            begin.files,
-            arena,
-            activity=surroundings.activity,
-            faults=surroundings.faults,
-            limiter=surroundings.writers,
-        )
 
     @property
     def is_staged(self) -> bool:
@@ -98,7 +106,7 @@ class Save:
         """
         if self._end is not None:
             raise ProtocolError("bytes were announced as staged after the end of staging")
-        self._writer.staged(message.file, message.upto)
+        self._note_staged(message.file, message.upto)
 
     def end_staging(self, message: EndStaging) -> None:
         """Take note that everything is staged and checked.
@@ -111,24 +119,25 @@ class Save:
         self._end = message
         if self._state is SaveState.STAGING:
             self._move(SaveEvent.STAGING_DONE)
-        self._writer.end()
+        self._note_end()
         self._staged.set()
 
-    def cancel(self) -> None:
-        """Give the save up, unless it is too late for that."""
-        if self._state in (SaveState.STAGING, SaveState.STAGED, SaveState.WRITTEN):
-            self._cancelling.cancel()
+    def cancel(self, error: WireError | None) -> None:
+        """Give the save up, unless it is too late for that; ``error`` is what other ranks are told."""
+        raise NotImplementedError
+
+    def abandon(self) -> None:
+        """Give the save up because its trainer is gone before all was staged."""
+        raise NotImplementedError
 
     def report(self) -> None:
         """Send how much is written, if that is news."""
-        if self._writer.written != self._reported and self._state in (SaveState.STAGING, SaveState.STAGED):
+        if self._written != self._reported and self._state in (SaveState.STAGING, SaveState.STAGED):
             self._send_progress()
 
     async def wait_ended(self) -> None:
         """Wait until the outcome was sent."""
         await self._ended.wait()
-
-    # ---- its task
 
     async def run(self) -> None:
         """Write, commit, report; never raises for a save that fails."""
@@ -138,85 +147,42 @@ class Save:
         finally:
             self._ended.set()
 
-    async def _run(self) -> None:
-        try:
-            with self._cancelling:
-                await self._write()
-            # From here to COMMIT_BEGUN nothing is awaited: a Cancel comes before, or is too late.
-            if self._cancelling.cancel_called:
-                raise SaveCancelledError(f"the save of step {self._begin.step} was cancelled", step=self._begin.step)
-            committed = await self._commit()
-        except Exception as exc:  # noqa: BLE001  # whatever it is: this save fails, the worker serves on
-            await self._fail(exc)
-        else:
-            self._s.send(committed)
-            self._free_slot()
+    # ---- for those who derive from it
 
-    async def _write(self) -> None:
-        await self._make_room()
-        # Only a retry can find itself published; it then waits for the end of staging, and reports.
-        self._is_published = self._begin.attempt > 0 and await self._in_thread(self._attempt.is_published)
-        if not self._is_published:
-            attempt_fd = await self._in_thread(self._attempt.make)
-            await self._writer.run(attempt_fd)
-        await self._staged.wait()
-        self._move(SaveEvent.FILES_DURABLE)
+    @property
+    def _written(self) -> int:
+        """Bytes handed to the operating system."""
+        raise NotImplementedError
+
+    def _note_staged(self, file: int, upto: int) -> None:
+        raise NotImplementedError
+
+    def _note_end(self) -> None:
+        raise NotImplementedError
+
+    async def _run(self) -> None:
+        """Bring it to its outcome."""
+        raise NotImplementedError
 
     async def _make_room(self) -> None:
         """Wait for removals under way where the disk is too full without them."""
         sweeper = self._s.sweeper
         if not sweeper.is_idle:
-            needed = sum(round_up(image.nbytes) for image in self._begin.files)
-            if needed > await self._in_thread(lambda: self._s.run.free_nbytes):
+            needed = sum(round_up(image.nbytes) for image in self.begin.files)
+            if needed > await self._s.in_thread(lambda: self._s.run.free_nbytes):
                 await sweeper.wait_idle()
 
-    async def _commit(self) -> Committed:
-        begin, end = self._begin, self._end
-        assert end is not None, "nothing is written before the end of staging"
-        self._move(SaveEvent.COMMIT_BEGUN)
-        began_at = time.monotonic()
-        if not self._is_published:
-            records = self._writer.records
-            with self._arena[begin.plan_offset : begin.plan_offset + begin.plan_nbytes] as view:
-                plan = bytes(view)
-            await self._in_thread(lambda: self._attempt.write_manifest(end, records, plan))
-        known, trash = await self._in_thread(self._attempt.publish)
-        self._state = advance(self._state, SaveEvent.COMMIT_DONE)
-        seconds = time.monotonic() - began_at
-        pruned = await self._in_thread(self._prune)
-        for name in [*trash, *pruned.values()]:
-            self._s.sweeper.add(name)
-        return Committed(
-            save_id=begin.save_id,
-            path=known.path,
-            nbytes=known.nbytes,
-            timings={**self._writer.timings, "commit": seconds},
-            pruned=list(pruned),
-        )
+    def _succeed(self, committed: Committed) -> None:
+        if self._state not in FINAL:
+            self._state = advance(self._state, SaveEvent.COMMIT_DONE)
+        self._s.send(committed)
+        self._free_slot()
 
-    async def _fail(self, exc: Exception) -> None:
-        while isinstance(exc, ExceptionGroup):  # of the writers' task group; the first failure ended the others
-            exc = exc.exceptions[0]
-        if isinstance(exc, StorageError):
-            exc = await self._in_thread(functools.partial(self._attempt.explain, exc))
-        error = as_wire_error(exc)
-        if error.kind == "unknown_commit":
-            await self._in_thread(self._attempt.leave)
-            self._state = advance(self._state, SaveEvent.LOSE)
-        else:
-            await self._remove()
-            is_cancel = error.kind == "cancelled"
-            self._state = advance(self._state, SaveEvent.CANCEL if is_cancel else SaveEvent.FAIL)
+    def _fail_as(self, error: WireError) -> None:
         if error.kind == "internal":
-            _log.error("step %d: %s\n%s", self._begin.step, error.why, error.traceback)
+            _log.error("step %d: %s\n%s", self.begin.step, error.why, error.traceback)
         self._s.send(Failed(save_id=self.save_id, error=error))
         self._free_slot()  # no thread reads the arena: the writers have returned
-
-    async def _remove(self) -> None:
-        try:
-            await self._in_thread(self._attempt.remove)
-        except OSError as exc:  # a StorageError is one
-            _log.warning("%s is left in the run, and removed by the next job there\n%s", self._attempt.name, exc)
 
     def _free_slot(self) -> None:
         self._arena.release()
@@ -228,31 +194,8 @@ class Save:
         self._send_progress()
 
     def _send_progress(self) -> None:
-        self._reported = self._writer.written
+        self._reported = self._written
         self._s.send(Progress(save_id=self.save_id, written=self._reported, state=self._state.value))
-
-    async def _in_thread(self, function: Callable[[], _T]) -> _T:
-        return await anyio.to_thread.run_sync(function, limiter=self._s.clerks)
-
-    # ---- in a thread
-
-    def _prune(self) -> dict[str, str]:
-        """Take old checkpoints out of the run; the new one stands whatever happens here.
-
-        Returns:
-            Names that are gone, and under which names their directories wait to be deleted.
-        """
-        pruned = {}
-        for name in self._begin.prune:
-            try:
-                with self._s.activity.operation(f"retire {name}"):
-                    trash = retire(self._s.run.fd, name, faults=self._s.faults)
-            except StorageError as exc:
-                _log.warning("%s was not removed by retention\n%s", name, exc)
-                continue
-            if trash is not None:
-                pruned[name] = trash
-        return pruned
 
 
 def check_begin(begin: BeginSave, arena_nbytes: int) -> None:

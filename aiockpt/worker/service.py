@@ -26,14 +26,18 @@ from aiockpt.protocol.messages import (
     Close,
     Closed,
     EndStaging,
+    Enlist,
     Hello,
     Message,
+    NoHub,
     Ready,
     Reserve,
     Reserved,
     Setup,
     Staged,
+    ToHub,
 )
+from aiockpt.protocol.star import StarMessage
 from aiockpt.storage.faults import NO_FAULTS, Faults
 from aiockpt.worker.activity import Activity
 from aiockpt.worker.arena import ArenaMap, allocate
@@ -41,8 +45,11 @@ from aiockpt.worker.exits import ExitStatus
 from aiockpt.worker.failures import as_wire_error
 from aiockpt.worker.launch import PACKAGE_PATH
 from aiockpt.worker.link import Link
+from aiockpt.worker.membership import Membership
+from aiockpt.worker.rank_save import RankSave
 from aiockpt.worker.run import Run
 from aiockpt.worker.save import Save, Surroundings, check_begin
+from aiockpt.worker.single_save import SingleSave
 from aiockpt.worker.sweeper import Sweeper
 from aiockpt.worker.writer import DEFAULT_WRITERS
 
@@ -96,6 +103,8 @@ class _Service:
         self._arena: ArenaMap | None = None
         self._is_reserving = False
         self._saves: dict[str, Save] = {}
+        self._membership: Membership | None = None
+        self._taking_part = anyio.CancelScope()
         self._is_closing = False
         self._is_orphaned = False
         self._status: ExitStatus | None = None
@@ -140,19 +149,16 @@ class _Service:
         self._trainer_is_gone("it died")
 
     async def _open_run(self, setup: Setup) -> None:
-        limiter = anyio.CapacityLimiter(1)
-
-        def open_run() -> Run:
-            with self._activity.operation(f"open {setup.run}"):
-                return Run.open(setup)
-
-        try:
-            run = await anyio.to_thread.run_sync(open_run, limiter=limiter)
-        except CheckpointError as exc:
-            self._link.send(Ready(pid=os.getpid(), error=as_wire_error(exc)))
-            self._end(ExitStatus.NOT_READY)
-            return
+        run = Run(setup.run, setup.term)
         sweeper = Sweeper(run, self._activity, self._faults)
+        if setup.rank == 0:
+            try:
+                await self._open_directory(run)
+            except CheckpointError as exc:
+                self._link.send(Ready(pid=os.getpid(), error=as_wire_error(exc)))
+                self._end(ExitStatus.NOT_READY)
+                return
+            self._tasks.start_soon(sweeper.run)
         self._around = Surroundings(
             run=run,
             sweeper=sweeper,
@@ -164,7 +170,31 @@ class _Service:
         )
         self._link.send(Ready(pid=os.getpid()))
         self._tasks.start_soon(self._beat, setup.beat_interval)
-        self._tasks.start_soon(sweeper.run)
+
+    async def _open_directory(self, run: Run) -> None:
+        def open_run() -> None:
+            with self._activity.operation(f"open {run.path}"):
+                run.open()
+
+        await anyio.to_thread.run_sync(open_run, limiter=anyio.CapacityLimiter(1))
+
+    async def _take_part(self, enlist: Enlist, listener_fd: int) -> None:
+        """Be a rank of a job, until another ``Enlist`` comes."""
+        assert self._around is not None, "nothing is handled before Ready"
+        with anyio.CancelScope() as self._taking_part:
+            if self._around.run.fd < 0:
+                try:
+                    await self._open_directory(self._around.run)
+                except CheckpointError as exc:
+                    self._link.send(NoHub(error=as_wire_error(exc)))
+                    return
+            self._membership = Membership(
+                enlist, listener_fd, saves=self._rank_saves, send=self._link.send, surroundings=self._around
+            )
+            await self._membership.run()
+
+    def _rank_saves(self) -> list[RankSave]:
+        return [save for save in self._saves.values() if isinstance(save, RankSave)]
 
     async def _beat(self, interval: float) -> None:
         while True:
@@ -212,7 +242,8 @@ class _Service:
 
     async def _close(self) -> None:
         await self._finish_saves()
-        if self._around is not None:
+        await self._leave_job("its Checkpointer was closed")
+        if self._around is not None and self._rank == 0:
             with anyio.move_on_after(CLOSE_SWEEP_SECONDS):
                 await self._around.sweeper.wait_idle()
         self._link.send(Closed())
@@ -229,6 +260,7 @@ class _Service:
         with anyio.CancelScope(deadline=deadline) as scope:
             self._tasks.start_soon(self._hurry, scope)
             await self._finish_saves()
+            await self._leave_job("its trainer is gone")
         if scope.cancelled_caught:
             _log.warning("the trainer is gone, and its last save did not end in time")
         self._end(ExitStatus.LINGERED if scope.cancelled_caught else ExitStatus.ORPHANED)
@@ -242,9 +274,13 @@ class _Service:
         """Let staged saves end; what is not staged never will be."""
         for save in list(self._saves.values()):
             if not save.is_staged:
-                save.cancel()
+                save.abandon()
         for save in list(self._saves.values()):
             await save.wait_ended()
+
+    async def _leave_job(self, why: str) -> None:
+        if self._membership is not None:
+            await self._membership.leave(why)
 
     def _trainer_is_gone(self, why: str) -> None:
         if self._is_orphaned:
@@ -280,6 +316,10 @@ class _Service:
                 self._begin_save(message)
             case Staged() | EndStaging() | Cancel():
                 self._tell_save(message)
+            case Enlist():
+                self._enlist(message, fds)
+            case ToHub():
+                self._say_to_hub(message.message)
             case Close():
                 if not self._is_closing:
                     self._is_closing = True
@@ -326,9 +366,29 @@ class _Service:
         if self._arena is None or message.save_id in self._saves:
             raise ProtocolError("a save began without an arena, or twice")
         check_begin(message, self._arena.nbytes)
-        save = Save(message, self._arena.view(), self._around)
+        save: Save
+        if message.call is None:
+            save = SingleSave(message, self._arena.view(), self._around)
+        else:
+            save = RankSave(message, self._arena.view(), self._around, rank=self._rank, say=self._say_to_hub)
+            if self._membership is not None:
+                self._membership.begin(save)
         self._saves[message.save_id] = save
         self._tasks.start_soon(self._run_save, save)
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self._setup is None else self._setup.rank
+
+    def _say_to_hub(self, message: StarMessage) -> None:
+        if self._membership is not None:
+            self._membership.say(message)
+
+    def _enlist(self, message: Enlist, fds: list[int]) -> None:
+        if message.rank != self._rank or (message.rank == 0) != bool(fds):
+            raise ProtocolError("an Enlist came for another rank, or with descriptors that it cannot have")
+        self._taking_part.cancel()
+        self._tasks.start_soon(self._take_part, message, fds.pop() if fds else -1)
 
     def _tell_save(self, message: Staged | EndStaging | Cancel) -> None:
         save = self._saves.get(message.save_id)
@@ -339,5 +399,12 @@ class _Service:
                 save.staged(message)
             case EndStaging():
                 save.end_staging(message)
-            case Cancel():
-                save.cancel()
+            case Cancel(error=error, is_unheard=is_unheard):
+                if isinstance(save, RankSave) and is_unheard and not self._was_in:
+                    save.cancel_unheard(error)
+                else:
+                    save.cancel(error)
+
+    @property
+    def _was_in(self) -> bool:
+        return self._membership is not None and self._membership.was_in

@@ -46,6 +46,9 @@ class Star(Protocol):
     def say(self, message: StarMessage) -> None:
         """Tell the hub; dropped while it is away. Nothing may be said before ``welcome``."""
 
+    async def leave(self, why: str) -> None:
+        """Take part no more; what was said before reaches the other end first. That of rank 0 ends the star."""
+
 
 class Ticks:
     """A clock that does not run while this process is stopped: one turn of the loop counts as two pauses at most.

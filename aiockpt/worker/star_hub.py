@@ -18,9 +18,23 @@ import anyio.lowlevel
 from aiockpt.protocol.agreeing import Agreement
 from aiockpt.protocol.frames import encode
 from aiockpt.protocol.hub import Hub
+from aiockpt.protocol.meeting import Room
 from aiockpt.protocol.messages import WireError
-from aiockpt.protocol.orders import CheckPlans, Commit, Drop, Look, MakeAttempt, Output, Tell
-from aiockpt.protocol.star import Answer, AskSave, Ended, Join, MemberBeat, Pace, Refused, StarMessage, Welcome
+from aiockpt.protocol.orders import CheckPlans, Commit, Compare, Drop, Look, MakeAttempt, Order, Output, Tell
+from aiockpt.protocol.star import (
+    Answer,
+    AskSave,
+    Attend,
+    Ended,
+    Join,
+    Leave,
+    MemberBeat,
+    Pace,
+    Recall,
+    Refused,
+    StarMessage,
+    Welcome,
+)
 from aiockpt.worker.star import Party, Ticks
 from aiockpt.worker.star_link import HubEnd, StarLink
 
@@ -48,8 +62,14 @@ class Clerk(Protocol):
     async def make(self, order: MakeAttempt) -> WireError | None:
         """Move the attempt before it out of the way, and make the directories of this one."""
 
-    async def check(self, order: CheckPlans) -> tuple[WireError, int | None] | None:
-        """Return what does not fit, with the rank to blame if there is one."""
+    async def check(self, order: CheckPlans) -> tuple[WireError, int | None] | dict[int, list[str]]:
+        """Return what does not fit, with the rank to blame if there is one, or who writes undeclared tensors.
+
+        The latter by rank: folders, ranks that write none left out.
+        """
+
+    async def compare(self, order: Compare) -> WireError | None:
+        """Return what differs between ranks and must not."""
 
     async def commit(self, order: Commit) -> Ended:
         """Write the manifest, publish, and say how it ended."""
@@ -109,16 +129,22 @@ class StarHub:
             is_first=is_first,
         )
         self._agreement = Agreement(world)
+        self._room = Room(world, arrival_timeout=arrival_timeout, is_first=is_first)
         self._epoch = 0
         self._members: dict[int, StarLink] = {}
         self._unjoined: dict[StarLink, None] = {}
         """In the order in which they came."""
         self._links: set[StarLink] = set()
         """All that are not closed yet."""
+        self._leaving: set[StarLink] = set()
+        """Members that have said that they leave: the end of a job is nothing to tell of."""
         self._all_down = anyio.Event()
-        self._orders: deque[Look | MakeAttempt | CheckPlans | Commit | Drop] = deque()
+        self._orders: deque[Order] = deque()
         self._more = anyio.Event()
         self._is_running = False
+        self._members_of: dict[int, str] = {}
+        """By rank: the trainer whose worker joined first. Another one is of another job, which found this hub's
+        address where it was left."""
         self._complaints = _Complaints()
 
     async def run(self) -> None:
@@ -155,6 +181,16 @@ class StarHub:
         if self._is_running:
             self._hear(0, message)
 
+    async def leave(self, why: str) -> None:
+        """Tell every member that no hub comes again; what was said before reaches them first."""
+        self._is_running = False
+        error = WireError(
+            kind="peer", what="rank 0 has left", why=why, next="close the Checkpointers of all ranks together", rank=0
+        )
+        for link in self._members.values():
+            link.finish(Refused(error=error), why)
+        await self._wait_links()
+
     # ---- connections
 
     def _accept(self) -> StarLink:
@@ -182,10 +218,14 @@ class StarHub:
             case Join():
                 link.drop("it joins twice")
             case _:
+                if isinstance(message, Leave):
+                    self._leaving.add(link)
                 self._hear(link.rank, message)
 
     def link_down(self, link: StarLink, why: str) -> None:
         """A connection is over."""
+        has_left = link in self._leaving
+        self._leaving.discard(link)
         self._links.discard(link)
         if not self._links:
             self._all_down.set()
@@ -196,8 +236,10 @@ class StarHub:
             self._complaints.add(f"a connection to rank 0 from {link.peer} did not become a rank: {why}")
         elif self._members.get(link.rank) is link:
             del self._members[link.rank]
-            _log.info("the worker of rank %d is away: %s", link.rank, why)
-            self._lose(link.rank)
+            if not has_left:
+                _log.info("the worker of rank %d is away: %s", link.rank, why)
+            is_silent = self._stall_timeout is not None and link.silence >= self._stall_timeout
+            self._lose(link.rank, is_silent=is_silent)
 
     def _greet(self, link: StarLink, message: StarMessage) -> None:
         if not isinstance(message, Join):
@@ -225,6 +267,8 @@ class StarHub:
             return f"it says that there are {join.world} ranks, rank 0 says {self._world}"
         if not 0 < join.rank < self._world:
             return f"rank {join.rank} is none of the ranks 1 to {self._world - 1} that may come"
+        if self._members_of.setdefault(join.rank, join.member) != join.member:
+            return f"rank {join.rank} of this job is another process"
         return None
 
     def _join_here(self) -> None:
@@ -236,28 +280,38 @@ class StarHub:
     async def _close_links(self) -> None:
         for link in self._links:
             link.drop("the hub ends")
-        with anyio.move_on_after(CLOSE_SECONDS, shield=True):
+        with anyio.CancelScope(shield=True):
+            await self._wait_links()
+            # The loop closes what it listened on in its next turn.
+            await anyio.lowlevel.checkpoint()
+
+    async def _wait_links(self) -> None:
+        with anyio.move_on_after(CLOSE_SECONDS):
             if self._links:
                 self._all_down = anyio.Event()
                 await self._all_down.wait()
-            # The loop closes what it listened on in its next turn.
-            await anyio.lowlevel.checkpoint()
 
     # ---- what the hub decides
 
     def _take_in(self, join: Join) -> None:
         self._do(self._hub.join(join, self._now))
         self._do(self._agreement.join(join.rank))
+        self._room.join(join.rank)
 
-    def _lose(self, rank: int) -> None:
-        self._do(self._hub.lost(rank, self._now))
+    def _lose(self, rank: int, *, is_silent: bool = False) -> None:
+        self._do(self._hub.lost(rank, self._now, is_silent=is_silent))
         self._do(self._agreement.lost(rank))
+        self._room.lost(rank)
 
     def _hear(self, rank: int, message: StarMessage) -> None:
         if isinstance(message, AskSave | Pace | Answer):
             self._do(self._agreement.hear(rank, message))
+        elif isinstance(message, Attend | Recall):
+            self._do(self._room.hear(rank, message, self._now))
         else:
             self._do(self._hub.hear(rank, message, self._now))
+            if isinstance(message, Leave):
+                self._do(self._room.tick(self._now, self._hub.gone))
 
     def _do(self, outputs: Iterable[Output]) -> None:
         for output in outputs:
@@ -291,15 +345,19 @@ class StarHub:
             self._more = anyio.Event()
             await self._more.wait()
 
-    async def _carry_out(self, order: Look | MakeAttempt | CheckPlans | Commit | Drop) -> list[Output]:
+    async def _carry_out(self, order: Order) -> list[Output]:
         match order:
             case Look():
                 return self._hub.looked(order.n, await self._clerk.look(order))
             case MakeAttempt():
                 return self._hub.made(order, await self._clerk.make(order))
             case CheckPlans():
-                error, rank = await self._clerk.check(order) or (None, None)
-                return self._hub.checked(order.n, error, rank)
+                found = await self._clerk.check(order)
+                if isinstance(found, dict):
+                    return self._hub.checked(order.n, None, extra=found)
+                return self._hub.checked(order.n, *found)
+            case Compare():
+                return self._hub.compared(order.n, order.attempt, await self._clerk.compare(order))
             case Commit():
                 return self._hub.committed(order.n, await self._clerk.commit(order))
             case Drop():
@@ -311,12 +369,14 @@ class StarHub:
     async def _watch(self) -> None:
         ticks = Ticks(self._stall_timeout)
         while True:
-            elapsed = await ticks.next(self._hub.next_deadline())
+            deadlines = self._hub.next_deadline(), self._room.next_deadline()
+            elapsed = await ticks.next(min((at for at in deadlines if at is not None), default=None))
             self._now = ticks.now
             self._find_silent(elapsed)
             if ticks.is_beat_due():
                 self._beat()
             self._do(self._hub.tick(self._now))
+            self._do(self._room.tick(self._now, self._hub.gone))
 
     def _find_silent(self, elapsed: float) -> None:
         for link in self._members.values():

@@ -8,8 +8,9 @@ import random
 
 import anyio
 
+from aiockpt.protocol.hub import SILENT_RETURN_SECONDS
 from aiockpt.protocol.messages import WireError
-from aiockpt.protocol.star import MemberBeat, Refused, StarMessage, Welcome
+from aiockpt.protocol.star import Leave, MemberBeat, Refused, StarMessage, Welcome
 from aiockpt.worker.star import Party, Ticks
 from aiockpt.worker.star_link import MemberEnd, StarLink
 
@@ -58,6 +59,7 @@ class StarMember:
         """Why the last connection, or try, came to an end."""
         self._away = 0.0
         """Seconds without a hub, in ticks."""
+        self._is_leaving = False
         self._is_told = False
         """Whether the party knows that no hub came for too long."""
 
@@ -76,10 +78,23 @@ class StarMember:
         if self._refused is not None:
             self._party.gone(self._refused)
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether the hub has said that it does not take this rank, or not any longer: it was there, and is done."""
+        return self._refused is not None
+
     def say(self, message: StarMessage) -> None:
         """Tell the hub; dropped while it is away: the party says it again behind its welcome."""
         if self._is_joined and self._link is not None:
             self._link.send(message)
+
+    async def leave(self, why: str) -> None:
+        """Say that this rank takes part no more, and end the connection behind that; then ``run`` returns."""
+        self._is_leaving = True
+        if self._is_joined and self._link is not None:
+            self._link.finish(Leave(why=why), "the member leaves")
+            with anyio.move_on_after(CLOSE_SECONDS):
+                await self._down.wait()
 
     # ---- the connection
 
@@ -89,7 +104,7 @@ class StarMember:
             joins = self._joins
             if await self._connect():
                 await self._down.wait()
-            if self._refused is not None:
+            if self._refused is not None or self._is_leaving:
                 return
             if self._joins > joins:
                 pause = PAUSES[0]
@@ -146,9 +161,12 @@ class StarMember:
         if link is not self._link:
             return
         self._link, self._why = None, why
+        is_silent = self._stall_timeout is not None and link.silence >= self._stall_timeout
+        if is_silent and self._return_timeout is not None:  # see ``Hub.lost``
+            self._away = max(0.0, self._return_timeout - SILENT_RETURN_SECONDS)
         if self._is_joined:
             self._is_joined = False
-            if self._refused is None:
+            if self._refused is None and not self._is_leaving:
                 _log.info("the hub at %s:%d is away: %s", *self._address, why)
                 self._party.lost(why)
         self._down.set()
@@ -177,7 +195,7 @@ class StarMember:
         self._party.gone(
             WireError(
                 kind="peer",
-                what=f"the worker of rank 0 was not reached at {host}:{port} for {self._return_timeout:g} s",
+                what=f"the worker of rank 0 was not reached at {host}:{port} in time",
                 why=self._why,
                 next="look at rank 0 and at the network between; saves work again once it is back",
                 rank=0,

@@ -12,18 +12,23 @@ from typing import Any
 import anyio
 
 from aiockpt.protocol.agreeing import Pacer
+from aiockpt.protocol.meeting import Guest
 from aiockpt.protocol.messages import WireError
-from aiockpt.protocol.orders import CheckPlans, Commit, Drop, Look, MakeAttempt
+from aiockpt.protocol.orders import CheckPlans, Commit, Compare, Drop, Look, MakeAttempt
 from aiockpt.protocol.star import (
     Arguments,
     Arrive,
+    Attend,
     Body,
+    Details,
     Ended,
     Join,
+    Met,
     Open,
     OpenCall,
     StarMessage,
     WantBody,
+    WantDetails,
     Written,
 )
 from aiockpt.worker.star import Star
@@ -51,10 +56,16 @@ class Rank:
     opened: Open | None = None
     ended: dict[int, Ended] = field(default_factory=dict)
     pacer: Pacer = field(default_factory=Pacer)
+    guest: Guest = field(default_factory=Guest)
 
     def ask(self, reason: str) -> None:
         assert self.star is not None
         for message in self.pacer.ask(reason):
+            self.star.say(message)
+
+    def attend(self, meeting: str, **options: Any) -> None:
+        assert self.star is not None
+        for message in self.guest.attend(Attend(meeting=meeting, **{"claim": "", **options})):
             self.star.say(message)
 
     def save(self, n: int, step: int, **arguments: Any) -> None:
@@ -72,9 +83,11 @@ class Rank:
         )
 
     def welcome(self, epoch: int) -> None:
+        assert self.star is not None
         self.welcomes.append(epoch)
+        for message in self.guest.rejoined():
+            self.star.say(message)
         if self.arrival is not None:
-            assert self.star is not None
             self.star.say(self.arrival)
 
     def hear(self, message: StarMessage) -> None:
@@ -85,10 +98,14 @@ class Rank:
         match message:
             case WantBody(digest=digest):
                 self.star.say(Body(digest=digest, body=b"a plan"))
+            case WantDetails(n=n):
+                self.star.say(Details(n=n, values=b"[]"))
             case Open(verdict="take"):
                 self.opened = message
                 if not self.holds:
                     self.write()
+            case Met():
+                self.guest.hear(message)
             case Ended(n=n):
                 self.ended[n] = message
                 self.arrival = self.opened = None
@@ -124,9 +141,13 @@ class MemoryClerk:
         self.attempts.add((order.save_id, order.attempt))
         return None
 
-    async def check(self, order: CheckPlans) -> tuple[WireError, int | None] | None:
+    async def check(self, order: CheckPlans) -> tuple[WireError, int | None] | dict[int, list[str]]:
         self.done.append("check")
         assert order.bodies == {"plan": b"a plan"}
+        return {}
+
+    async def compare(self, order: Compare) -> WireError | None:
+        self.done.append("compare")
         return None
 
     async def commit(self, order: Commit) -> Ended:

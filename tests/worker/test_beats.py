@@ -11,7 +11,7 @@ import anyio.to_thread
 import pytest
 
 from aiockpt.format.image import BLOCK_NBYTES
-from aiockpt.protocol.messages import Beat, Progress, Setup
+from aiockpt.protocol.messages import Beat, Progress
 from aiockpt.worker import sweeper as sweeper_module
 from aiockpt.worker.activity import Activity
 from aiockpt.worker.run import Run
@@ -107,7 +107,8 @@ def test_sweeping_stands_back_for_a_save(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(sweeper_module, "PATIENCE_SECONDS", 60.0)
 
     async def body() -> None:
-        run = Run.open(Setup(run=str(tmp_path), term=1, linger_timeout=1, beat_interval=1))
+        run = Run(str(tmp_path), 1)
+        run.open()
         sweeper = Sweeper(run, Activity())
         with sweeper.standing_back():
             async with anyio.create_task_group() as tasks:

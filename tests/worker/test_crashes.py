@@ -13,13 +13,14 @@ from aiockpt.format.names import attempt_name
 from aiockpt.protocol.messages import Committed
 from aiockpt.storage.commit import to_trash
 from aiockpt.storage.faults import FaultPoint
+from tests.crash.points import OF_RANKS, STARTING
 from tests.files import names
 from tests.waiting import wait_until
 from tests.worker.driver import Ended, Save, check_checkpoint, rule, snapshot, state_of, worker
 
 pytestmark = [pytest.mark.process, pytest.mark.crash]
 
-ELSEWHERE = {"worker.started", "worker.allocating", "worker.reserved", "worker.torn", "worker.remove"}
+ELSEWHERE = {*map(str, STARTING | OF_RANKS), "worker.torn", "worker.remove"}
 POINTS = [str(point) for point in FaultPoint if point.startswith("worker.") and point not in ELSEWHERE]
 """Every point that a save passes before its outcome; a new one is tested by existing."""
 

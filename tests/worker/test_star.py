@@ -247,6 +247,22 @@ def test_a_rank_that_leaves_fails_what_is_open() -> None:
     run(2, body)
 
 
+def test_only_a_worker_that_is_lost_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """The end of a job has no lines in rank 0's log, one for each rank."""
+
+    async def body(star: Star) -> None:
+        await star.all_in()
+        leaving = star.ranks[1].star
+        assert leaving is not None
+        await leaving.leave("its Checkpointer was closed")
+        await star.end(2)
+        await until(lambda: "rank 2 is away" in caplog.text)
+        assert "rank 1" not in caplog.text
+
+    with caplog.at_level(logging.INFO, "aiockpt.worker"):
+        run(3, body)
+
+
 def test_a_rank_that_does_not_call_is_named_in_time() -> None:
     async def body(star: Star) -> None:
         await star.all_in()
@@ -275,6 +291,50 @@ def test_a_save_that_one_rank_asks_for_is_due_at_one_step_on_all() -> None:
         assert found == [(found[0][0], "SIGTERM")] * 3
 
     run(3, body)
+
+
+def test_ranks_meet_though_the_hub_dies_in_between() -> None:
+    async def body(star: Star) -> None:
+        await star.all_in()
+        star.ranks[1].attend("a")
+        star.ranks[2].attend("a")
+        await star.end(0)
+        await until(lambda: star.ranks[1].lost_for and star.ranks[2].lost_for)
+        star.begin(0, is_first=False)
+        await until(lambda: all(len(rank.welcomes) == 2 for rank in star.ranks))
+        star.ranks[0].attend("a", word=b"go")
+        await until(lambda: all(rank.guest.answer("a") for rank in star.ranks))
+        assert {met.word for rank in star.ranks if (met := rank.guest.answer("a"))} == {b"go"}
+
+    run(3, body)
+
+
+def test_a_meeting_ends_with_a_rank_that_leaves() -> None:
+    async def body(star: Star) -> None:
+        await star.all_in()
+        star.ranks[0].attend("a")
+        assert star.ranks[1].star is not None
+        star.ranks[1].star.say(Leave(why="its trainer died"))
+        await until(lambda: star.ranks[0].guest.answer("a"))
+        met = star.ranks[0].guest.answer("a")
+        assert met is not None
+        assert met.error is not None
+        assert (met.error.rank, met.error.why) == (1, "its trainer died")
+
+    run(2, body)
+
+
+def test_a_rank_that_does_not_come_to_a_meeting_is_named_in_time() -> None:
+    async def body(star: Star) -> None:
+        await star.all_in()
+        star.ranks[1].attend("a")
+        await until(lambda: star.ranks[1].guest.answer("a"))
+        met = star.ranks[1].guest.answer("a")
+        assert met is not None
+        assert met.error is not None
+        assert met.error.what == "rank 0 did not come to 'a' within 0.2 s of rank 1"
+
+    run(2, body, arrival_timeout=0.2)
 
 
 def test_the_limit_of_descriptors_is_raised_as_far_as_it_goes(caplog: pytest.LogCaptureFixture) -> None:
