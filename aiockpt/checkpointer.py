@@ -263,6 +263,9 @@ class Checkpointer(Face):
     ) -> Restored | None:
         """Restore into the live objects of ``state``, in place.
 
+        With several ranks all call it, with the same ``step`` and ``strict``; it returns once every rank has its part,
+        and what fails on one of them fails on all.
+
         Args:
             state: As given to ``save``.
             step: None is the newest good one; a damaged newest is passed over with a warning.
@@ -278,9 +281,11 @@ class Checkpointer(Face):
             StepNotFoundError: ``step`` is not there.
             CheckpointCorruptError: ``step`` is damaged.
             NoUsableCheckpointError: There are checkpoints and none is good.
-            StorageError: A checkpoint cannot be read for another reason than damage.
+            StorageError: A checkpoint cannot be read for another reason than damage; names rank and host.
+            PeerFailedError: Another rank is gone, did not come, or was cancelled.
 
-        Cancellation: ends the reading at the next block; the live state is mixed then, and must be restored again.
+        Cancellation: ends the reading at the next block, on all ranks; the live state is mixed then, and must be
+        restored again.
         """
         with self._coordinator.spans.begin("restore", step=step) as span:
             targets = self._coordinator.restoring.begin(state, include=include, exclude=exclude)
@@ -356,7 +361,11 @@ async def restore(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
 ) -> Restored | None:
-    """Restore into the live objects of ``state`` without a writer; see ``Checkpointer.restore``."""
+    """Restore into the live objects of ``state`` without a writer; see ``Checkpointer.restore``.
+
+    Each process reads for itself: in a job of several ranks give ``step``, so that all take the same one. What each
+    rank has saved of its own is taken from its rank in torch's default process group, from rank 0 where there is none.
+    """
     targets = reading.begin(state, include=include, exclude=exclude)
     outcome = await _in_thread(lambda: reading.read(path, targets, step=step, strict=strict))
     return reading.finish(outcome)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import msgspec
@@ -17,6 +19,9 @@ Snapshot = Literal["guarded", "inline"]
 _LARGEST_COUNT = (1 << 63) - 1
 _LONGEST_SECONDS = 1e9
 """32 years; the waits of the operating system take no infinity, and threads no more than 292 years."""
+
+
+_TIMEOUTS = ("start_timeout", "stall_timeout", "io_timeout", "arrival_timeout", "linger_timeout", "close_timeout")
 
 
 def _refuse(argument: str, why: str, next: str) -> ConfigError:
@@ -53,6 +58,33 @@ def _check_observer(observer: object) -> None:
     lacking = [name for name in ("started", "completed", "failed") if not callable(getattr(observer, name, None))]
     if lacking:
         raise _refuse("observer", f"{_shown(observer)} has no {lacking[0]}()", next)
+
+
+def _check_group(group: object) -> None:
+    if group is None:
+        return
+    next = "give what new_group() or mesh.get_group() returned on its members, or None for the default group"
+    distributed = sys.modules.get("torch.distributed")  # whoever has a group has imported it; the worker never does
+    if not isinstance(group, getattr(distributed, "ProcessGroup", ())):
+        member = getattr(distributed, "GroupMember", None)
+        if member is not None and group is member.NON_GROUP_MEMBER:
+            raise _refuse("process_group", "this process is no member of it", next)
+        raise _refuse("process_group", f"{_shown(group)} is no torch.distributed.ProcessGroup", next)
+    assert distributed is not None
+    try:
+        distributed.get_rank(group)
+    except ValueError as exc:  # destroyed, or made past torch.distributed
+        raise _refuse("process_group", f"torch.distributed does not know it: {exc}", next) from exc
+
+
+def _globs(value: object) -> tuple[str, ...]:
+    next = 'give a list of globs over dotted names, as in replicated=["model.*"]'
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise _refuse("replicated", f"{_shown(value)} is no list", next)
+    for glob in value:
+        if not isinstance(glob, str) or not glob:
+            raise _refuse("replicated", f"{_shown(glob)} is no glob", next)
+    return tuple(value)
 
 
 def _absolute(run: object) -> str:
@@ -134,6 +166,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """``guarded`` copies optimizer-owned tensors behind the training thread, ``inline`` copies all in ``save()``."""
     capacity: int | None = None
     """Most bytes of shared memory that the arena may take."""
+    process_group: Any = None
+    """The ranks that save together; None is the default group where torch.distributed is initialised, else this one."""
+    replicated: tuple[str, ...] = ()
+    """Globs over dotted names of plain tensors that are equal on all ranks, and written once."""
     restart: RestartPolicy = RestartPolicy()
     """When a dead worker is started again."""
     observer: Observer | None = None
@@ -144,19 +180,21 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """For a sign of life: the worker's beat, a pending copy that an optimizer waits for."""
     io_timeout: float | None = 600.0
     """For one write, sync or rename to progress."""
+    arrival_timeout: float | None = 600.0
+    """For all ranks to call ``save()``, once one has; longer than the longest evaluation that only some of them do."""
     linger_timeout: float | None = 60.0
     """How long a worker may outlive its trainer to finish what was staged."""
     close_timeout: float | None = 600.0
     """For the whole of ``close()``."""
 
     @classmethod
-    def make(cls, run: str | os.PathLike[str], **arguments: Any) -> Self:
+    def make(cls, run: str | os.PathLike[str], *, replicated: Sequence[str] = (), **arguments: Any) -> Self:
         """Check and normalise the constructor's arguments.
 
         Raises:
             ConfigError: Names the argument, what was given, and what is taken.
         """
-        options = cls(run=_absolute(run), **arguments)
+        options = cls(run=_absolute(run), replicated=_globs(replicated), **arguments)
         options._check()
         return options
 
@@ -171,10 +209,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise _refuse("snapshot", f"{_shown(self.snapshot)} is unknown", 'give "guarded" or "inline"')
         if self.capacity is not None:
             _check_count("capacity", self.capacity)
+        _check_group(self.process_group)
         if not isinstance(self.restart, RestartPolicy):
             raise _refuse("restart", f"{_shown(self.restart)} is no RestartPolicy", "give aiockpt.RestartPolicy(…)")
         _check_observer(self.observer)
-        for argument in ("start_timeout", "stall_timeout", "io_timeout", "linger_timeout", "close_timeout"):
+        for argument in _TIMEOUTS:
             value = getattr(self, argument)
             if value is not None:
                 _check_number(argument, value, ", in seconds, or None for no limit")

@@ -195,7 +195,7 @@ class PlanMismatchError(SaveError):
 
 
 class PeerFailedError(SaveError):
-    """The save failed on another rank, and so on all; what that rank met is the ``__cause__`` where it is known."""
+    """A save or restore failed on another rank, and so on all; what that met is the ``__cause__`` where it is known."""
 
     FIELDS = ("step", "rank", "phase")
     step: int | None

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import torch.distributed as dist
 
 from aiockpt.config import Every, Latest, Options, RestartPolicy
 from aiockpt.errors import ConfigError
 
-TIMEOUTS = ["start_timeout", "stall_timeout", "io_timeout", "linger_timeout", "close_timeout"]
+TIMEOUTS = ["start_timeout", "stall_timeout", "io_timeout", "arrival_timeout", "linger_timeout", "close_timeout"]
 NO_SECONDS: list[Any] = [0, -1, -0.5, math.nan, math.inf, -math.inf, 1e12, True, "60", b"60", [60], 1j]
 NO_COUNT: list[Any] = [0, -1, 1.0, True, "3", None, math.nan, 1 << 63]
 
@@ -41,7 +45,9 @@ class Silent:
 
 
 @pytest.mark.parametrize("value", [10**5000, Silent(), "x" * 100_000], ids=["huge int", "no repr", "long"])
-@pytest.mark.parametrize("argument", ["capacity", "keep", "every", "snapshot", "restart", "io_timeout"])
+@pytest.mark.parametrize(
+    "argument", ["capacity", "keep", "every", "snapshot", "restart", "io_timeout", "process_group", "replicated"]
+)
 def test_values_that_cannot_be_shown(argument: str, value: Any) -> None:
     """An argument whose text fails or floods is refused like others."""
     assert len(str(refused(lambda: Options.make("run", **{argument: value})))) < 500
@@ -100,6 +106,74 @@ def test_values_of_ours_are_asked_for_by_name(argument: str, value: Any, right: 
     error = refused(lambda: Options.make("run", **{argument: value}))
     assert error.argument == argument
     assert right in error.next
+
+
+@pytest.mark.parametrize(
+    "value", ["model.*", b"model.*", None, 3, {"model.*"}, iter(["a"])], ids=lambda value: type(value).__name__
+)
+def test_replicated_is_a_list(value: Any) -> None:
+    """One text would be taken letter by letter, and a set has another order on each rank."""
+    error = refused(lambda: Options.make("run", replicated=value))
+    assert error.argument == "replicated"
+    assert 'replicated=["model.*"]' in error.next
+
+
+@pytest.mark.parametrize("value", [[""], [None], ["a", 3], [["a"]], [b"a"]], ids=repr)
+def test_replicated_holds_globs(value: Any) -> None:
+    """The one that is none is shown."""
+    assert repr(value[-1]) in refused(lambda: Options.make("run", replicated=value)).why
+
+
+def test_replicated_is_kept_as_a_tuple() -> None:
+    """A list that its owner changes later changes nothing here."""
+    globs = ["model.*"]
+    options = Options.make("run", replicated=globs)
+    globs.append("*")
+    assert options.replicated == ("model.*",)
+    assert Options.make("run").replicated == ()
+
+
+@pytest.mark.parametrize("value", [0, "WORLD", dist.ProcessGroup, object()], ids=["0", "text", "class", "object"])
+def test_process_group_is_one(value: Any) -> None:
+    """What is none is shown; the error says where to get one."""
+    error = refused(lambda: Options.make("run", process_group=value))
+    assert error.argument == "process_group"
+    assert "new_group" in error.next
+
+
+def test_process_group_of_others() -> None:
+    """``new_group`` gives a mark to who is no member."""
+    assert "no member" in refused(lambda: Options.make("run", process_group=dist.GroupMember.NON_GROUP_MEMBER)).why
+
+
+def test_process_group_that_lives() -> None:
+    """It is taken while it is initialised, and refused once it is destroyed."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = dist.group.WORLD
+        assert Options.make("run", process_group=group).process_group is group
+        own = dist.new_group([0])
+        assert Options.make("run", process_group=own).process_group is own
+    finally:
+        dist.destroy_process_group()
+    for gone in (group, own):
+        assert "torch.distributed" in refused(lambda gone=gone: Options.make("run", process_group=gone)).why
+
+
+def test_options_import_no_torch() -> None:
+    """A group cannot be given before torch is there, so it is looked for there."""
+    code = """
+        import sys
+        from aiockpt.config import Options
+        from aiockpt.errors import ConfigError
+        Options.make("run")
+        try:
+            Options.make("run", process_group=object())
+        except ConfigError:
+            print("torch" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
 
 
 NO_RUN: list[Any] = ["", "a\0b", b"bytes", None, 7, ["run"], "surrogate\udc80"]

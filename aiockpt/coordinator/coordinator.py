@@ -21,14 +21,18 @@ from aiockpt.config import Options
 from aiockpt.coordinator import failures
 from aiockpt.coordinator.arena_owner import ArenaOwner
 from aiockpt.coordinator.desk import Desk
+from aiockpt.coordinator.held_run import HeldRun
+from aiockpt.coordinator.job import Job
 from aiockpt.coordinator.loop_thread import LoopThread, wait_for
 from aiockpt.coordinator.open_run import OpenRun
+from aiockpt.coordinator.pacing import Pacing
 from aiockpt.coordinator.process_hooks import forget, remember
+from aiockpt.coordinator.rendezvous import find_group
 from aiockpt.coordinator.restoring import Restoring
 from aiockpt.coordinator.save_record import SaveRecord
 from aiockpt.coordinator.saves import Saves
 from aiockpt.coordinator.saving import Saving
-from aiockpt.coordinator.schedule import Schedule
+from aiockpt.coordinator.schedule import Schedule, WhenToSave
 from aiockpt.coordinator.spans import OpenSpan, Spans
 from aiockpt.coordinator.statistics import Statistics
 from aiockpt.coordinator.supervisor import Supervisor
@@ -36,12 +40,13 @@ from aiockpt.coordinator.system_needs import check_system
 from aiockpt.coordinator.tally import Tally
 from aiockpt.errors import CheckpointError, UsageError
 from aiockpt.planning.local import LocalPlan
-from aiockpt.protocol.messages import Message, Reserved, Setup
+from aiockpt.protocol.messages import Enlisted, FromHub, Message, NoHub, Reserved, Setup
 from aiockpt.staging.guard import refuse_capture
 from aiockpt.staging.stager import Stager
 from aiockpt.state.collect import Collected
 from aiockpt.storage.claim import RunClaim
 from aiockpt.storage.faults import NO_FAULTS, Faults
+from aiockpt.storage.followed_run import FollowedRun
 from aiockpt.worker.link import Link
 
 __all__ = ["Coordinator"]
@@ -68,7 +73,9 @@ class Coordinator:
         """For tests: what the trainer's own file operations and phases run into."""
         self.worker_faults: tuple[str, str] | None = None
         self._pid = os.getpid()
-        self._schedule = Schedule(options.every, time.monotonic())
+        self._schedule: WhenToSave = Schedule(options.every, time.monotonic())
+        self._pacing: Pacing | None = None
+        """That, where there are several ranks."""
         self._desk = Desk()
         self._tally = Tally()
         self.spans = Spans(options.observer, run=options.run, on_left_out=partial(self._tally.count, "dropped_spans"))
@@ -76,6 +83,8 @@ class Coordinator:
         self._closing = False
         self._first_up: Future[None] = Future()
         self._run: OpenRun | None = None
+        self._job: Job | None = None
+        """Where there are several ranks."""
 
     # ---- open
 
@@ -96,6 +105,10 @@ class Coordinator:
             on_guard_wait=self._tally.guard_waited,
         )
         self._loop.start()
+        group = find_group(self.options.process_group)
+        if group is not None:
+            self._job = Job(self.options, group, self._loop, self.faults)
+            self._schedule = self._pacing = self._paced(self._job)
         self._loop.submit(self._make).result()
         remember(self)
         self.spans.start()
@@ -112,7 +125,7 @@ class Coordinator:
     async def _open(self, span: OpenSpan) -> None:
         assert self._loop is not None
         with span:
-            claim = await anyio.to_thread.run_sync(self._take_run)
+            claim = await self._hold_run()
             if self._closing:
                 claim.release()
                 raise failures.closed()
@@ -127,21 +140,54 @@ class Coordinator:
                 spans=self.spans,
                 tally=self._tally,
                 faults=self.faults,
+                job=self._job,
             )
             self._loop.tasks.start_soon(self._supervise, span)
+            if self._job is not None:
+                self._loop.tasks.start_soon(self._job.form, claim, self._stop_if_closing)
+            if self._pacing is not None:
+                self._loop.tasks.start_soon(self._pacing.run)
             up = anyio.Event()
             self._first_up.add_done_callback(lambda _: up.set())
             await up.wait()
             self._first_up.result()
 
-    def _take_run(self) -> RunClaim:
-        def while_waiting(_: str) -> None:
-            if self._closing:
-                raise failures.closed()
-
-        return RunClaim.take(
-            self.options.run, linger_timeout=self.options.linger_timeout, on_wait=while_waiting, faults=self.faults
+    def _paced(self, job: Job) -> Pacing:
+        """Return what tells when to save, on all ranks alike."""
+        pacing = Pacing(
+            self.options.every,
+            is_first=job.ranks.rank == 0,
+            say=job.say,
+            stall_timeout=self.options.stall_timeout,
+            now=time.monotonic(),
         )
+        if isinstance(self._schedule, Schedule) and self._schedule.requested is not None:
+            pacing.request(self._schedule.requested)
+        job.subscribers.append(pacing)
+        return pacing
+
+    async def _hold_run(self) -> HeldRun:
+        job = self._job
+        if job is not None and job.ranks.rank:
+            return FollowedRun(self.options.run, "", 0)
+        try:
+            return await anyio.to_thread.run_sync(self._take_run)
+        except CheckpointError as exc:
+            if job is not None:
+                await job.publish_failure(exc)
+            raise
+
+    def _take_run(self) -> RunClaim:
+        return RunClaim.take(
+            self.options.run,
+            linger_timeout=self.options.linger_timeout,
+            on_wait=self._stop_if_closing,
+            faults=self.faults,
+        )
+
+    def _stop_if_closing(self, _: str) -> None:
+        if self._closing:
+            raise failures.closed()
 
     async def _supervise(self, opening: OpenSpan) -> None:
         try:
@@ -166,12 +212,15 @@ class Coordinator:
             term=self._opened.claim.term,
             linger_timeout=self.options.linger_timeout,
             beat_interval=1.0 if stall is None else min(1.0, stall / 4),
+            rank=0 if self._job is None else self._job.ranks.rank,
         )
 
     def worker_up(self, link: Link) -> None:
         """See ``supervisor.Tenant``."""
         self._arena.worker_up(link)
         self._opened.saves.worker_up(link)
+        if self._job is not None:
+            self._job.worker_up(link)
         if not self._first_up.done():
             self._first_up.set_result(None)
 
@@ -179,12 +228,17 @@ class Coordinator:
         """See ``supervisor.Tenant``."""
         if isinstance(message, Reserved):
             self._arena.worker_says(message, fds)
+        elif isinstance(message, Enlisted | NoHub | FromHub):
+            if self._job is not None:
+                self._job.worker_says(message)
         else:
             self._opened.saves.worker_says(message)
 
     async def worker_down(self, error: CheckpointError) -> None:
         """See ``supervisor.Tenant``."""
         self._arena.worker_down(error)
+        if self._job is not None:
+            self._job.worker_down()
         await self._opened.saves.worker_down(error)
 
     def supervision_over(self, error: CheckpointError) -> None:
@@ -192,6 +246,8 @@ class Coordinator:
         self._desk.close(error.copy)
         self._arena.over(error)
         self._opened.saves.fail_all(lambda _: error.copy())
+        if self._job is not None and self._loop is not None:
+            self._loop.tasks.start_soon(self._job.give_up, error)
         if not self._first_up.done():
             self._first_up.set_exception(error)
 
@@ -211,6 +267,8 @@ class Coordinator:
     def prepare(self, state: Mapping[str, Any]) -> Future[None]:
         """Make the arena for ``state``; reads the state in the calling thread, the rest goes on behind it."""
         loop = self.check_open()
+        if self._job is not None:
+            self._job.check()
         refuse_capture("prepare()")
         span = self.spans.begin("prepare")
         with span.unless_it_fails():
@@ -227,6 +285,7 @@ class Coordinator:
             try:
                 arena = await self._arena.ensure(arena_nbytes, collected.cuda_device())
                 await anyio.to_thread.run_sync(self._stager.prepare, plan, collected, arena)
+                self._opened.saving.prepare(plan, collected)
             finally:
                 self._desk.free_slot(me)
             span.note(nbytes=plan.data_nbytes)
@@ -317,6 +376,8 @@ class Coordinator:
         deadline = anyio.current_time() + (self.options.close_timeout or float("inf"))
         try:
             self._desk.close(failures.closed)
+            if self._job is not None:
+                self._job.closing()
             why = "close_timeout passed" if drain else "close(drain=False)"
             if self._run is not None:
                 await self._end_saves(self._run.saves, drain, deadline, why)
@@ -326,6 +387,8 @@ class Coordinator:
                 await self._supervisor.close(max(1.0, deadline - anyio.current_time()))
             if self._run is not None:
                 await self._run.saves.end_all(why)
+            if self._job is not None:
+                await self._job.wait_left()
         finally:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(self._release)
@@ -345,7 +408,10 @@ class Coordinator:
     def _release(self) -> None:
         self._stager.close()
         self._arena.close()
+        if self._job is not None:
+            self._job.close()
         if self._run is not None:
+            self._run.saving.close()
             self._run.claim.release()
         forget(self)
 
@@ -410,5 +476,8 @@ class Coordinator:
         self._arena.forget_in_child()
         self._supervisor.forget_in_child()
         self.spans.forget_in_child()
+        if self._job is not None:
+            self._job.forget_in_child()
         if self._run is not None:
+            self._run.saving.forget_in_child()
             self._run.claim.forget_in_child()

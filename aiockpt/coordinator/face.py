@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Sequence
 from typing import Any, NoReturn, Self
 
 from aiockpt.config import Every, Latest, Options, RestartPolicy, Snapshot
@@ -72,11 +73,14 @@ class Face:
         every: Every | None = None,
         snapshot: Snapshot = "guarded",
         capacity: int | None = None,
+        process_group: Any = None,
+        replicated: Sequence[str] = (),
         restart: RestartPolicy = RestartPolicy(),  # noqa: B008  # frozen
         observer: Observer | None = None,
         start_timeout: float | None = 60,
         stall_timeout: float | None = 60,
         io_timeout: float | None = 600,
+        arrival_timeout: float | None = 600,
         linger_timeout: float | None = 60,
         close_timeout: float | None = 600,
     ) -> None:
@@ -89,11 +93,18 @@ class Face:
             snapshot: ``"guarded"`` copies what belongs to an optimizer behind the training thread and makes its next
                 ``step()`` wait; ``"inline"`` copies everything before ``save()`` returns.
             capacity: Most bytes of shared memory to take.
+            process_group: The ranks that save together, a ``torch.distributed.ProcessGroup`` of any backend; only its
+                store is used, never a collective. None is the default group where torch.distributed is initialised,
+                else this process alone.
+            replicated: Globs over dotted names of plain tensors that are equal on all ranks, as in ``["model.*"]``:
+                they are written once. What DTensor and DDP say of themselves need not be named.
             restart: When a dead worker is started again.
             observer: Told of what happens when, from a thread of its own.
             start_timeout: Seconds for the worker to come up; here and below None is no limit.
             stall_timeout: Seconds without a sign of life from the worker, or for a pending copy.
             io_timeout: Seconds for one write, sync or rename to make progress.
+            arrival_timeout: Seconds for all ranks to call ``save()``, once one has: more than what only some of them do
+                between two saves, such as an evaluation.
             linger_timeout: Seconds that a worker may outlive its trainer to finish what was staged.
             close_timeout: Seconds for all of ``close()``.
 
@@ -106,11 +117,14 @@ class Face:
             every=every,
             snapshot=snapshot,
             capacity=capacity,
+            process_group=process_group,
+            replicated=replicated,
             restart=restart,
             observer=observer,
             start_timeout=start_timeout,
             stall_timeout=stall_timeout,
             io_timeout=io_timeout,
+            arrival_timeout=arrival_timeout,
             linger_timeout=linger_timeout,
             close_timeout=close_timeout,
         )

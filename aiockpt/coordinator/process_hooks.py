@@ -1,4 +1,4 @@
-"""What a fork and the interpreter's exit mean for the coordinators that are open in this process."""
+"""The coordinators that are open in this process: what a fork and its exit mean for them, which opening each one is."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import atexit
 import os
 import threading
 import weakref
+from collections import Counter
 from typing import Protocol
 
-__all__ = ["forget", "remember"]
+__all__ = ["count_opening", "forget", "remember"]
 
 
 class _Hooked(Protocol):
@@ -18,6 +19,8 @@ class _Hooked(Protocol):
 
 
 _open: weakref.WeakSet[_Hooked] = weakref.WeakSet()
+_openings: weakref.WeakKeyDictionary[object, Counter[str]] = weakref.WeakKeyDictionary()
+"""How often each run was opened over a process group; gone with the group, as are the names that it is needed for."""
 _is_registered = False
 
 
@@ -31,6 +34,13 @@ def remember(coordinator: _Hooked) -> None:
         # Before threads are joined, unlike atexit: a thread of the program that waits for a save could else never end.
         threading._register_atexit(_at_exit)  # type: ignore[attr-defined]
         atexit.register(_at_end)
+
+
+def count_opening(group: object, run: str) -> int:
+    """Return how many openings of a run over this very group came before; called once for each, in one thread."""
+    before = _openings.setdefault(group, Counter())
+    before[run] += 1
+    return before[run] - 1
 
 
 def forget(coordinator: _Hooked) -> None:

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch.distributed as dist
+
 from aiockpt.coordinator.results import Restored
 from aiockpt.restoring.load import load_checkpoint
 from aiockpt.restoring.run import RestoreOutcome, apply_outcome, restore_run
@@ -23,8 +25,16 @@ def begin(state: Mapping[str, Any], *, include: Globs, exclude: Globs) -> Target
 
 
 def read(path: str | os.PathLike[str], targets: Targets, *, step: int | None, strict: bool) -> RestoreOutcome | None:
-    """Choose a checkpoint, read it into the live tensors; in any thread."""
-    return restore_run(path, targets, step=step, strict=strict)
+    """Choose a checkpoint, read it into the live tensors; in any thread.
+
+    No other rank is asked: each reads for itself, and where one is bad, one rank may take an older step than another.
+    """
+    return restore_run(path, targets, step=step, strict=strict, rank=_default_rank())
+
+
+def _default_rank() -> int:
+    """Return whose ``PerRank`` values are taken: our rank in torch's default group, 0 where there is none."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def finish(outcome: RestoreOutcome | None) -> Restored | None:

@@ -8,14 +8,22 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiockpt.coordinator.results import Saved
 from aiockpt.coordinator.spans import NO_SPAN, OpenSpan
 from aiockpt.protocol.lifecycle import FINAL, SaveEvent, SaveState, advance
 from aiockpt.protocol.messages import BeginSave, EndStaging, Staged
+from aiockpt.protocol.star import Arguments
 
-__all__ = ["SaveRecord"]
+__all__ = ["JobCall", "SaveRecord"]
+
+
+class JobCall(NamedTuple):
+    """One call of ``save`` on all ranks of a job."""
+
+    n: int
+    arguments: Arguments
 
 
 class SaveRecord:
@@ -52,13 +60,22 @@ class SaveRecord:
         self.begin: BeginSave | None = None
         self.end: EndStaging | None = None
         self.staging: Any = None
+        self.call: JobCall | None = None
+        """Where there are several ranks: which of their calls it is."""
         self.values = b"[]"
+        self.own_values = b"[]"
         self.metadata = b"null"
+        self.probe: Any = None
+        """Samples of what is declared to be replicated, on their way."""
+        self.probes: dict[str, dict[str, str]] = {}
+        """What these are, by group and name, once all is staged."""
         self.copying = False
         """Whether a thread of ours reads the state or writes to the arena."""
         self.with_worker = False
         """Whether the worker may read the arena for it."""
         self.deaths = 0
+        self.is_written = False
+        """With several ranks: whether a worker that died may have told the hub that this rank has written all."""
         self.cancelling: BaseException | None = None
         """What the outcome becomes when the worker confirms the cancellation."""
         self._upto: dict[int, int] = {}

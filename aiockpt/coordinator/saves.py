@@ -14,15 +14,23 @@ import msgspec
 from aiockpt.config import Options
 from aiockpt.coordinator import failures
 from aiockpt.coordinator.desk import Desk
+from aiockpt.coordinator.held_run import HeldRun
+from aiockpt.coordinator.job import Job
 from aiockpt.coordinator.results import Saved
 from aiockpt.coordinator.save_record import SaveRecord
 from aiockpt.coordinator.statistics import Rate
 from aiockpt.coordinator.tally import Tally
-from aiockpt.errors import CheckpointError, CommitUnknownError, ProtocolError, SaveCancelledError, WorkerExitedError
+from aiockpt.errors import (
+    CheckpointError,
+    CommitUnknownError,
+    ProtocolError,
+    SaveBusyError,
+    SaveCancelledError,
+)
 from aiockpt.format.names import attempt_name, parse_step
 from aiockpt.protocol.lifecycle import SaveEvent, SaveState
-from aiockpt.protocol.messages import Cancel, Committed, EndStaging, Failed, Message, Progress, SlotFree, Staged
-from aiockpt.storage.claim import RunClaim
+from aiockpt.protocol.messages import Cancel, Committed, EndStaging, Failed, Message, Opened, Progress, SlotFree, Staged
+from aiockpt.protocol.star import End, StarMessage
 from aiockpt.storage.faults import FaultPoint, Faults
 from aiockpt.storage.run_directory import Committed as Known
 from aiockpt.worker.link import Link
@@ -48,10 +56,11 @@ class Saves:
         self,
         options: Options,
         desk: Desk,
-        claim: RunClaim,
+        claim: HeldRun,
         tasks: anyio.abc.TaskGroup,
         faults: Faults,
         tally: Tally | None = None,
+        job: Job | None = None,
     ) -> None:
         self._options = options
         self._desk = desk
@@ -59,6 +68,7 @@ class Saves:
         self._tasks = tasks
         self.tally = tally or Tally()
         self._faults = faults
+        self._job = job
         self._link: Link | None = None
         self._freed = ""
         """The save that was committed last; the worker need not say that its slot is free."""
@@ -76,8 +86,12 @@ class Saves:
             self._maybe_free(save)
             return
         save.move(SaveEvent.BEGIN)
+        if self._job is not None and save.begin.call is not None:
+            self._job.began(save.begin.call.n)
         _observe_writing(save)
         self._send(save.begin)
+        if self._job is not None and self._job.hopeless is not None:  # which save() could not know yet
+            self.give_up(save, self._job.hopeless.copy())
 
     def staged(self, save: SaveRecord, file: int, upto: int) -> None:
         """The first ``upto`` bytes of a file are in the arena."""
@@ -95,7 +109,13 @@ class Saves:
             self.give_up(save, error)
         else:
             save.move(SaveEvent.STAGING_DONE)
-            save.end = EndStaging(save_id=save.save_id, values=save.values, metadata=save.metadata)
+            save.end = EndStaging(
+                save_id=save.save_id,
+                values=save.values,
+                metadata=save.metadata,
+                own_values=save.own_values,
+                probes=save.probes,
+            )
             self._send(save.end)
             self._tasks.start_soon(self._hand_over, save)
             self._faults.at(FaultPoint.TRAINER_STAGED_SENT)
@@ -121,8 +141,9 @@ class Saves:
             self.give_up(save, failures.cancelled(save))
 
     def watch_timeout(self, save: SaveRecord) -> None:
-        """Hold the save to its ``timeout``, counted from the call of ``save()``."""
-        self._tasks.start_soon(self._enforce_timeout, save)
+        """Hold the save to its ``timeout``, counted from the call of ``save()``; for several ranks the hub does it."""
+        if self._job is None:
+            self._tasks.start_soon(self._enforce_timeout, save)
 
     async def _enforce_timeout(self, save: SaveRecord) -> None:
         assert save.timeout is not None
@@ -137,13 +158,39 @@ class Saves:
         if save.staging is not None:
             save.staging.cancel()
         if save.state is SaveState.PLANNED:  # the worker has not heard of it
+            if self._job is not None and save.call is not None:
+                self._job.refuse(save.call.n, save.call.arguments, _as_checkpoint_error(error))
             self._finish(save, error)
         elif self._link is not None:
-            self._send(Cancel(save_id=save.save_id))
+            self._send(self._cancel_of(save))
         # else: worker_down settles it
+
+    def _cancel_of(self, save: SaveRecord) -> Cancel:
+        assert save.cancelling is not None, "the caller has given it up"
+        error = None
+        if self._job is not None:
+            error = failures.as_data(
+                _as_checkpoint_error(save.cancelling), phase="stage" if save.end is None else "write"
+            )
+        is_unheard = self._job is not None and not self._job.was_in
+        return Cancel(save_id=save.save_id, error=error, is_unheard=is_unheard)
 
     def _may_give_up(self, save: SaveRecord) -> bool:
         return not save.is_final and save.cancelling is None and save.state is not SaveState.COMMITTING
+
+    # ---- from the job
+
+    def hear(self, message: StarMessage) -> None:
+        """What the hub says of saves goes to the worker."""
+
+    def rejoined(self) -> None:
+        """The worker says again what is open."""
+
+    def fail(self, error: CheckpointError) -> None:
+        """There is no hub. Where one knew of a save, the worker finds out how that ended; else nothing was begun."""
+        if self._job is not None and self._job.hopeless is not None:
+            for save in self._desk.in_flight():
+                self.give_up(save, error.copy())
 
     # ---- from the worker
 
@@ -158,7 +205,7 @@ class Saves:
                 if save.end is not None:
                     self._tasks.start_soon(self._hand_over, save)
                 if save.cancelling is not None:
-                    link.send(Cancel(save_id=save.save_id))
+                    link.send(self._cancel_of(save))
 
     def worker_says(self, message: Message) -> None:
         """Take an answer; one for a save that is not open is dropped and counted.
@@ -183,7 +230,10 @@ class Saves:
             case Committed():
                 self._committed(save, message.path, message.nbytes, message.timings, message.pruned)
             case Failed():
-                self._finish(save, failures.as_exception(message.error, save))
+                rank = 0 if self._job is None else self._job.ranks.rank
+                self._finish(save, failures.as_exception(message.error, save, rank))
+            case Opened():
+                self._opened(save, message)
 
     async def worker_down(self, error: CheckpointError) -> None:
         """Settle every save that the dead worker had in hand, behind the fence."""
@@ -207,7 +257,10 @@ class Saves:
             if save.staging is not None:
                 save.staging.cancel()
             save.with_worker = False
-            self._finish(save, save.cancelling or error(save))
+            outcome = save.cancelling or error(save)
+            if save.is_written:  # the other ranks may still commit it
+                outcome = failures.unknown(save, f"this rank has left it to the others: {outcome}")
+            self._finish(save, outcome)
 
     async def end_all(self, why: str) -> None:
         """The last worker is gone, at close: what it had published decides about all that is still open."""
@@ -238,6 +291,36 @@ class Saves:
                 save.move(SaveEvent.COMMIT_BEGUN)
                 save.work_span = save.span.begin("commit")
 
+    def _opened(self, save: SaveRecord, message: Opened) -> None:
+        """All ranks have decided."""
+        if message.verdict == "skip":
+            self._skipped(save)
+        elif message.verdict == "busy":
+            self._finish(save, failures.busy(save))
+        elif save.begin is not None and save.begin.call is not None:
+            if save.state in (SaveState.WRITTEN, SaveState.COMMITTING):  # a worker of another rank died
+                save.move(SaveEvent.WORKER_DIED)
+            call = msgspec.structs.replace(save.begin.call, opened=message.opened)
+            save.begin = msgspec.structs.replace(save.begin, call=call)
+
+    def _skipped(self, save: SaveRecord) -> None:
+        if save.staging is not None:
+            save.staging.cancel()
+        save.move(SaveEvent.SKIP)
+        self.tally.count("skipped")
+        save.work_span.complete(skipped=True)
+        save.span.complete(skipped=True)
+        save.settle_staged(None)
+        save.outcome.set_result(None)
+        save.handed_over()
+        self._end_call(save, "skip")
+        self._desk.remove(save)
+        self._maybe_free(save)
+
+    def _end_call(self, save: SaveRecord, end: End) -> None:
+        if self._job is not None and save.call is not None:
+            self._job.ended(save.call.n, end)
+
     def _send(self, message: Message) -> None:
         if self._link is not None:  # else the next worker is told by replay
             self._link.send(message)
@@ -264,10 +347,16 @@ class Saves:
     def _fence_and_look(self, save: SaveRecord, found: Future[Known | None]) -> None:
         """In a thread: see that a late rename finds nothing, then whether one came before."""
         assert save.begin is not None
+        save_id, attempt = save.save_id, save.begin.attempt
+        if save.begin.call is not None:
+            if save.begin.call.opened is None:  # nothing of it was written anywhere
+                found.set_result(None)
+                return
+            save_id, attempt = save.begin.call.opened.save_id, save.begin.call.opened.attempt
         try:
             self._faults.at(FaultPoint.TRAINER_BEFORE_FENCE)
-            self._claim.fence(attempt_name(save.step, save.save_id, save.begin.attempt))
-            found.set_result(self._claim.find(save.step, save.save_id))
+            self._claim.fence(attempt_name(save.step, save_id, attempt))
+            found.set_result(self._claim.find(save.step, save_id))
         except BaseException as exc:  # noqa: BLE001  # it is delivered to who asked
             found.set_exception(exc)
 
@@ -280,27 +369,20 @@ class Saves:
         known = found.result()
         if known is not None:
             self._committed(save, known.path, known.nbytes, {}, [])
-        elif save.cancelling is not None:
+            return
+        if save.deaths >= MAX_DEATHS and save.cancelling is None:
+            save.cancelling = failures.too_many_deaths(save, error)
+        if save.cancelling is not None and self._job is None:
             self._finish(save, save.cancelling)
-        elif save.deaths >= MAX_DEATHS:
-            self._finish(
-                save,
-                WorkerExitedError(
-                    f"step {save.step} was not saved: {save.deaths} workers died on it",
-                    why=error.why,
-                    next="the checkpoint before it stands; look at the worker's log",
-                    exit_status=getattr(error, "exit_status", None),
-                    stderr=getattr(error, "stderr", None),
-                    step=save.step,
-                ),
-            )
-        else:
-            assert save.begin is not None
-            save.begin = msgspec.structs.replace(save.begin, attempt=save.begin.attempt + 1)
-            save.written_nbytes = 0
-            save.taken_back()
-            save.move(SaveEvent.WORKER_DIED)
-            self.tally.count("retried")
+            return
+        # With several ranks the hub may have committed it meanwhile: it is asked by the next worker.
+        assert save.begin is not None
+        save.is_written |= save.state in (SaveState.WRITTEN, SaveState.COMMITTING)
+        save.begin = msgspec.structs.replace(save.begin, attempt=save.begin.attempt + 1)
+        save.written_nbytes = 0
+        save.taken_back()
+        save.move(SaveEvent.WORKER_DIED)
+        self.tally.count("retried")
 
     def _committed(
         self, save: SaveRecord, path: str, nbytes: int, timings: dict[str, float], pruned: list[str]
@@ -326,7 +408,8 @@ class Saves:
         self.checkpoints = {save.step: new, **others}
         self.tally.committed(save.step, nbytes, timings)
         result = Saved(step=save.step, path=path, nbytes=nbytes, timings=dict(save.timings))
-        _log_commit(result)
+        if self._job is None or self._job.ranks.rank == 0:
+            _log_commit(result)
         save.work_span.complete()
         save.span.complete(nbytes=nbytes, path=path)
         save.settle_staged(None)
@@ -337,6 +420,7 @@ class Saves:
         self._maybe_free(save)
         save.outcome.set_result(result)
         save.handed_over()
+        self._end_call(save, "committed")
         self._desk.remove(save)
 
     def _finish(self, save: SaveRecord, error: BaseException) -> None:
@@ -357,12 +441,15 @@ class Saves:
         save.settle_staged(error)
         save.outcome.set_exception(error)
         save.handed_over()
+        self._end_call(save, "busy" if isinstance(error, SaveBusyError) else "failed")
         self._desk.remove(save)
         self._maybe_free(save)
 
     def _maybe_free(self, save: SaveRecord) -> None:
         """Free the slot where nobody needs what lies in it: not before the outcome, as a retry would read it again."""
         if save.is_final and not save.with_worker and not save.copying:
+            if self._job is not None and save.call is not None and self._desk.holder is save:
+                self._job.freed(save.call.n)
             self._desk.free_slot(save)
 
 
@@ -372,6 +459,11 @@ _WAY_TO_COMMIT = (
     (SaveEvent.COMMIT_BEGUN, SaveState.WRITTEN),
     (SaveEvent.COMMIT_DONE, SaveState.COMMITTING),
 )
+
+
+def _as_checkpoint_error(error: BaseException) -> CheckpointError:
+    """Return an error that other ranks can be told of."""
+    return error if isinstance(error, CheckpointError) else CheckpointError("the save was given up", why=repr(error))
 
 
 def _check_answer(message: Message, save: SaveRecord) -> None:

@@ -14,11 +14,12 @@ from aiockpt.config import Options
 from aiockpt.coordinator.arena_owner import ArenaOwner
 from aiockpt.coordinator.desk import Desk
 from aiockpt.coordinator.garbage import collector_paused
+from aiockpt.coordinator.job import Job
 from aiockpt.coordinator.loop_thread import LoopThread
 from aiockpt.coordinator.retention import to_prune
-from aiockpt.coordinator.save_record import SaveRecord
+from aiockpt.coordinator.save_record import JobCall, SaveRecord
 from aiockpt.coordinator.saves import Saves
-from aiockpt.coordinator.schedule import Schedule
+from aiockpt.coordinator.schedule import WhenToSave
 from aiockpt.coordinator.spans import UNOBSERVED, Spans
 from aiockpt.errors import (
     CheckpointError,
@@ -30,12 +31,15 @@ from aiockpt.errors import (
 )
 from aiockpt.planning.local import LocalPlan, PlanCache, plan_local
 from aiockpt.protocol.lifecycle import SaveEvent
-from aiockpt.protocol.messages import BeginSave
+from aiockpt.protocol.messages import BeginSave, RankCall
+from aiockpt.protocol.star import Arguments
 from aiockpt.staging.arena import ArenaView
 from aiockpt.staging.guard import refuse_capture
+from aiockpt.staging.probes import Probe, Prober
 from aiockpt.staging.stager import Stager
 from aiockpt.state.collect import Collected, collect
 from aiockpt.state.expected import expected_entries
+from aiockpt.state.ranks import ALONE
 from aiockpt.state.values import encode_metadata, encode_values
 from aiockpt.storage.faults import FaultPoint, Faults
 
@@ -72,10 +76,11 @@ class Saving:
         saves: Saves,
         arena: ArenaOwner,
         stager: Stager,
-        schedule: Schedule,
+        schedule: WhenToSave,
         highest_ordinal: int,
         faults: Faults,
         spans: Spans = UNOBSERVED,
+        job: Job | None = None,
     ) -> None:
         self._options = options
         self._loop = loop
@@ -90,7 +95,10 @@ class Saving:
         self._faults = faults
         self._texts_in: tuple[LocalPlan, ArenaView] | None = None
         self._busy = threading.Lock()
-        self.plans = PlanCache()
+        self._job = job
+        self._ranks = ALONE if job is None else job.ranks
+        self._prober = None if job is None else Prober(job.ranks.rank)
+        self.plans = PlanCache(rank=self._ranks.rank, world=self._ranks.world)
         self.branch: frozenset[str] = frozenset()
         """Save ids of checkpoints on an abandoned branch, which a save replaces without ``overwrite``."""
 
@@ -112,18 +120,34 @@ class Saving:
         with self._one_thread():
             return self._save(Call(step, state, timeout, when_busy, overwrite, metadata))
 
+    def prepare(self, plan: LocalPlan, collected: Collected) -> None:
+        """Make what the first save would make else; the slot is held."""
+        if self._prober is not None:
+            self._prober.prepare(plan, collected)
+
+    def close(self) -> None:
+        """Let go of what saves keep between them; none is under way."""
+        if self._prober is not None:
+            self._prober.close()
+
+    def forget_in_child(self) -> None:
+        """In a forked child: close what was inherited."""
+        if self._prober is not None:
+            self._prober.forget_in_child()
+
     def plan(self, state: Mapping[str, Any]) -> tuple[LocalPlan, Collected]:
         """Return the plan that a save of ``state`` would have, and what it is of."""
-        collected = collect(state)
+        collected = collect(state, ranks=self._ranks, replicated=self._options.replicated)
         return self.plans.plan(collected.entries, collected.tree, collected.plain_files), collected
 
-    @staticmethod
-    def arena_nbytes(plan: LocalPlan, collected: Collected) -> int:
+    def arena_nbytes(self, plan: LocalPlan, collected: Collected) -> int:
         """Return the shared memory that saves of this state take, also once its optimizers have stepped."""
         expected = expected_entries(collected)
         if not expected:
             return plan.arena_nbytes
-        return plan_local([*collected.entries, *expected], collected.tree, collected.plain_files).arena_nbytes
+        entries = [*collected.entries, *expected]
+        rank, world = self._ranks.rank, self._ranks.world
+        return plan_local(entries, collected.tree, collected.plain_files, rank=rank, world=world).arena_nbytes
 
     @contextmanager
     def _one_thread(self) -> Iterator[None]:
@@ -139,24 +163,55 @@ class Saving:
             self._busy.release()
 
     def _save(self, call: Call) -> SaveRecord:
-        step = call.step
-        _check_arguments(step, call.timeout, call.when_busy)
+        _check_arguments(call.step, call.timeout, call.when_busy)
         refuse_capture("save()")
-        self._raise_unheard(step)
-        self._replaces(step, call.overwrite)
-        metadata = encode_metadata(call.metadata)
-        record = SaveRecord(step, timeout=call.timeout, spent=self._tally.spent)
-        record.metadata = metadata
-        record.span = self._spans.begin("save", step=step, save_id=record.save_id)
-        with record.span.unless_it_fails():
-            if not self._admit(record, call.when_busy):
-                return self._skip(record)
+        with self._counted(call) as job_call:
+            self._raise_unheard(call.step)
+            self._replaces(call.step, call.overwrite)
+            record = SaveRecord(call.step, timeout=call.timeout, spent=self._tally.spent)
+            record.call = job_call
+            record.metadata = encode_metadata(call.metadata)
+            record.span = self._spans.begin("save", step=call.step, save_id=record.save_id)
+            with record.span.unless_it_fails():
+                if not self._admit(record, call.when_busy):
+                    return self._skip(record)
+            with collector_paused():
+                plan, collected = self._begin_snapshot(record, call)
         with collector_paused():
-            self._snapshot(record, call)
+            self._stage(record, plan, collected)
         record.stamp("blocked")
         return record
 
-    def _snapshot(self, record: SaveRecord, call: Call) -> None:
+    @contextmanager
+    def _counted(self, call: Call) -> Iterator[JobCall | None]:
+        """Number the call, where there are several ranks; what raises before the save has begun fails it on all."""
+        job = self._job
+        if job is None:
+            yield None
+            return
+        job.check()
+        arguments = Arguments(step=call.step, overwrite=call.overwrite, when_busy=call.when_busy, timeout=call.timeout)
+        n = job.next_call()
+        self._schedule.saved(call.step, time.monotonic())  # on all ranks alike, whatever becomes of it
+        try:
+            yield JobCall(n, arguments)
+        except UsageError:
+            job.take_back_call()
+            raise
+        except SaveBusyError:
+            if call.when_busy == "raise":  # every rank hears the same from the hub
+                job.skip(n, arguments)
+            else:
+                job.refuse(n, arguments, _busy_here(call.step))
+            raise
+        except CheckpointError as exc:
+            job.refuse(n, arguments, exc)
+            raise
+        except BaseException as exc:
+            job.refuse(n, arguments, CheckpointError("save() was interrupted", why=repr(exc)))
+            raise
+
+    def _begin_snapshot(self, record: SaveRecord, call: Call) -> tuple[LocalPlan, Collected]:
         try:
             with record.span.unless_it_fails():
                 plan, collected = self._collect(record, call)
@@ -164,14 +219,17 @@ class Saving:
         except BaseException:
             self._desk.free_slot(record)
             raise
-        self._schedule.saved(time.monotonic())
+        if self._job is None:
+            self._schedule.saved(call.step, time.monotonic())
         record.timings |= {f"state_dict:{key}": seconds for key, seconds in collected.slow.items()}
         if call.timeout is not None:
             self._loop.post(self._saves.watch_timeout, record)
-        self._stage(record, plan, collected)
+        return plan, collected
 
     def _skip(self, record: SaveRecord) -> SaveRecord:
         record.move(SaveEvent.SKIP)
+        if self._job is not None and record.call is not None:
+            self._job.skip(*record.call)
         self._tally.count("skipped")
         record.span.complete(skipped=True)
         record.staged.set_result(None)
@@ -183,7 +241,13 @@ class Saving:
         with record.phase("collect"):
             record.overwrite = self._replaces(call.step, call.overwrite)  # the save before may have committed it
             plan, collected = self.plan(call.state)
-            record.values = encode_values(collected.values)
+            if self._job is None:
+                record.values = encode_values(collected.values)
+            else:
+                record.values = encode_values([collected.values[number] for number in plan.common_values])
+                record.own_values = encode_values([collected.values[number] for number in plan.own_values])
+                if record.call is not None and self._prober is not None:
+                    record.probe = self._prober.take(plan, collected, record.call.n, step=record.step)
         record.staged_nbytes = plan.data_nbytes
         record.arena_nbytes = plan.arena_nbytes
         return plan, collected
@@ -240,6 +304,23 @@ class Saving:
             plan_offset=plan.body_offset,
             plan_nbytes=plan.body_nbytes,
             prune=[known[step].path.rpartition("/")[2] for step in steps],
+            call=self._rank_call(record, plan),
+        )
+
+    @staticmethod
+    def _rank_call(record: SaveRecord, plan: LocalPlan) -> RankCall | None:
+        if record.call is None:
+            return None
+        n, arguments = record.call
+        return RankCall(
+            n=n,
+            overwrite=arguments.overwrite,
+            when_busy=arguments.when_busy,
+            timeout=arguments.timeout,
+            digest=plan.digest,
+            extra_files=list(plan.extra_files),
+            extra_keys=list(plan.extra_keys),
+            own=plan.own,
         )
 
     def _begin(self, record: SaveRecord) -> None:
@@ -253,6 +334,8 @@ class Saving:
 
     def _done(self, record: SaveRecord, began: float, error: BaseException | None) -> None:
         self._faults.at(FaultPoint.TRAINER_COPIED)
+        if error is None and record.probe is not None:
+            error = self._read_probe(record, record.probe)
         if error is None:
             record.stamp("staged")
             seconds = record.timings["staged"] - began
@@ -264,6 +347,13 @@ class Saving:
         # The loop tells who waits for it, when the worker knows.
         if not self._loop.post(self._saves.staging_done, record, error):
             record.settle_staged(error)
+
+    def _read_probe(self, record: SaveRecord, probe: Probe) -> BaseException | None:
+        try:
+            record.probes = probe.result(self._options.stall_timeout)
+        except CheckpointError as exc:
+            return exc
+        return None
 
     # ---- before the snapshot
 
@@ -285,6 +375,8 @@ class Saving:
             return overwrite
         if known.save_id in self.branch:
             return True
+        if self._job is not None:  # one verdict for all ranks, by the handle
+            return False
         raise StepExistsError(
             f"step {step} was not saved: the run has a checkpoint of it",
             why=f"{known.path} was committed earlier",
@@ -299,6 +391,8 @@ class Saving:
         holder = self._desk.holder
         busy_step = holder.step if isinstance(holder, SaveRecord) else None
         busy = "prepare()" if busy_step is None else f"the save of step {busy_step}"
+        if self._job is not None and busy_step is None:
+            when_busy = "wait"  # no other rank knows of a prepare() here
         if when_busy == "skip":
             return False
         if when_busy == "raise":
@@ -348,6 +442,10 @@ class Saving:
                     plan.arena_nbytes / 1e9,
                 )
                 return asked.result()
+
+
+def _busy_here(step: int) -> SaveBusyError:
+    return SaveBusyError(f"step {step} was not saved: no slot became free in time", next="save less often", step=step)
 
 
 def _check_arguments(step: object, timeout: object, when_busy: object) -> None:

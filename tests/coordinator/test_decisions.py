@@ -21,7 +21,7 @@ def test_minutes_count_from_the_last_save_or_from_open() -> None:
     assert schedule.due(0, now=159.9) is None
     assert schedule.due(1, now=160.0) == "every 1 minutes"
     assert schedule.due(2, now=190.0) is not None
-    schedule.saved(now=190.0)
+    schedule.saved(2, now=190.0)
     assert schedule.due(3, now=249.9) is None
     assert schedule.due(4, now=250.0) is not None
 
@@ -32,8 +32,20 @@ def test_a_request_stands_until_a_save_begins() -> None:
     assert schedule.due(0, now=9e9) is None
     schedule.request("preempted")
     assert schedule.due(1, now=0.0) == schedule.due(2, now=0.0) == "preempted"
-    schedule.saved(now=0.0)
+    schedule.saved(2, now=0.0)
     assert schedule.due(3, now=0.0) is None
+
+
+def test_a_request_between_due_and_save_is_not_served_by_that_save() -> None:
+    """A loop that leaves by the reason would never hear of it; the same text twice is two requests."""
+    schedule = Schedule(Every(steps=2), now=0.0)
+    assert schedule.due(1, now=0.0) == "every 2 steps"
+    for step in (2, 3):
+        schedule.request("SIGTERM")
+        schedule.saved(step - 1, now=0.0)
+        assert schedule.due(step, now=0.0) == "SIGTERM"
+    schedule.saved(3, now=0.0)
+    assert schedule.due(4, now=0.0) is None
 
 
 def test_the_restart_budget_follows_the_policy() -> None:
