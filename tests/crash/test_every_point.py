@@ -15,22 +15,21 @@ import aiockpt
 from aiockpt import blocking
 from aiockpt.storage.faults import FaultPoint
 from aiockpt.testing.faults import WORKER_ARGUMENT, FaultPlan, FaultRule
+from tests.crash.points import OF_RANKS, OF_TRAINER, OF_WORKER, STARTING
 from tests.support import attempts, is_alive, start_script, wait_until
 
 pytestmark = [pytest.mark.process, pytest.mark.crash]
 
-STARTING = {FaultPoint.WORKER_STARTED, FaultPoint.WORKER_ALLOCATING, FaultPoint.WORKER_RESERVED}
-"""Passed before a save begins: see ``coordinator.test_bad_workers`` and ``worker.test_crashes``."""
 REPLACING = {FaultPoint.WORKER_OLD_ASIDE, FaultPoint.WORKER_PRUNE, FaultPoint.WORKER_REMOVE}
 """Passed only where something is replaced or removed."""
 UNKNOWN = {FaultPoint.WORKER_AFTER_RENAME, FaultPoint.WORKER_RUN_SYNCED}
 COMMITTED = {FaultPoint.WORKER_BEFORE_REPORT, FaultPoint.WORKER_PRUNE, FaultPoint.WORKER_REMOVE}
 """What an errno means there; anywhere else the save has failed."""
 
-# Walked, so that a new point is tested by existing. WORKER_TORN is passed only behind a torn write, see below.
-WORKER_POINTS = [point for point in FaultPoint if point.startswith("worker.")]
-SAVE_POINTS = [point for point in WORKER_POINTS if point not in STARTING | {FaultPoint.WORKER_TORN}]
-TRAINER_POINTS = [point for point in FaultPoint if point.startswith("trainer.")]
+# Walked, so that a new point is tested by existing. WORKER_TORN is passed only behind a torn write, see below; what is
+# passed before a save begins is in coordinator.test_bad_workers and worker.test_crashes, several ranks in test_ranks.
+SAVE_POINTS = [point for point in OF_WORKER if point not in STARTING | OF_RANKS | {FaultPoint.WORKER_TORN}]
+TRAINER_POINTS = [point for point in OF_TRAINER if point not in OF_RANKS]
 
 OLD: dict[str, Any] = {"x": torch.zeros(5000), "y": {"z": torch.zeros(9)}, "n": 0}
 NEW: dict[str, Any] = {"x": torch.ones(5000), "y": {"z": torch.ones(9)}, "n": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -95,6 +96,15 @@ class Job:
         """Lines that a rank has printed so far."""
         return self._text(rank, "out").splitlines()
 
+    def told(self) -> dict[str, list[Any]]:
+        """Return what ranks said with ``at_rank.say``: by scenario, by rank; None from who said nothing of it."""
+        found: dict[str, list[Any]] = {}
+        for rank in range(len(self.pids)):
+            for line in self.out(rank):
+                scenario, what = json.loads(line)
+                found.setdefault(scenario, [None] * len(self.pids))[rank] = what
+        return found
+
     def err(self, rank: int) -> str:
         """What a rank has written to its standard error so far."""
         return self._text(rank, "err")
@@ -119,8 +129,9 @@ class Job:
         """Kill the ranks that still run."""
         for pid in self.pids:
             if self._nursery.status(pid, 0) is None:
-                os.kill(pid, signal.SIGCONT)
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it ends by itself just now
+                    os.kill(pid, signal.SIGCONT)
+                    os.kill(pid, signal.SIGKILL)
                 self._nursery.status(pid, PATIENCE_SECONDS)
 
     def report(self) -> str:

@@ -18,7 +18,7 @@ COMMON = """
     from torch.distributed.tensor.parallel import (
         ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
     )
-    from tests.restoring.ranked import collected_on_rank, commit, stage
+    from tests.restoring.ranked import save_together
     from tests.restoring.restoring import restore
     run = pathlib.Path(args[0])
 
@@ -47,6 +47,14 @@ COMMON = """
         fully_shard(model, mesh=mesh["dp"])
         return model
 
+    def norm_beside_tp(seed):
+        # What is outside of the plan has one mesh for each place along "tp": they are slices of one.
+        model = make(seed)
+        mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+        parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "3": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["dp"])
+        return model
+
     def hsdp(seed):
         model = make(seed)
         mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
@@ -66,18 +74,10 @@ COMMON = """
             param.grad = param.detach() * 0.5
         optimizer.step()
         optimizer.step()
-        directory = run / "step-1"
-        state = {"model": model, "optimizer": optimizer, "epoch": 3}
-        with collected_on_rank(state) as collected:
-            mine = stage(directory, collected, rank, world)
-        staged = [None] * world
-        dist.all_gather_object(staged, mine)
+        save_together(run, {"model": model, "optimizer": optimizer, "epoch": 3})
+        whole = wholes(model, optimizer)
         if rank == 0:
-            commit(run, directory, staged)
-            whole = {name: full for name, full in wholes(model, optimizer).items()}
             torch.save(whole, run / "whole.pt")
-        else:
-            wholes(model, optimizer)
         dist.barrier()
 
     def wholes(model, optimizer):
@@ -140,6 +140,7 @@ def reading(make: str, *, reverse: bool = False, stepped: bool = False) -> str:
         ("fsdp", [("fsdp", 1), ("fsdp", 2), ("fsdp", 3), ("fsdp", 4), ("plain", 1), ("tp", 4), ("hsdp", 4)]),
         ("tp", [("tp", 4), ("fsdp", 3), ("plain", 2)]),
         ("hsdp", [("fsdp", 2), ("plain", 1)]),
+        ("norm_beside_tp", [("norm_beside_tp", 4), ("fsdp", 2), ("plain", 1)]),
         ("plain", [("fsdp", 3), ("tp", 4)]),
     ],
 )
@@ -169,14 +170,7 @@ def test_every_placement_into_every_other(start: Start, tmp_path: Path) -> None:
     dist.broadcast(torch.view_as_real(wanted["complex"]), 0)
     for step, (mesh, placements) in enumerate(layouts, start=1):
         state = {"x": {name: distribute_tensor(full, mesh, placements) for name, full in wanted.items()}}
-        directory = run / f"step-{step}"
-        with collected_on_rank(state) as collected:
-            mine = stage(directory, collected, rank, world)
-        staged = [None] * world
-        dist.all_gather_object(staged, mine)
-        if rank == 0:
-            commit(run, directory, staged)
-        dist.barrier()
+        save_together(run, state, step=step)
         for mesh, placements in layouts[step % 3::3]:
             live = {}
             for name, full in wanted.items():
@@ -207,14 +201,9 @@ def test_a_rank_reads_no_block_that_it_does_not_need(start: Start, tmp_path: Pat
         + """
     mesh = init_device_mesh("cpu", (4,))
     state = {"x": {"w": distribute_tensor(torch.arange(16.0), mesh, [Shard(0)])}}
-    directory = run / "step-1"
-    with collected_on_rank(state) as collected:
-        mine = stage(directory, collected, rank, world)
-    staged = [None] * world
-    dist.all_gather_object(staged, mine)
+    save_together(run, state)
     if rank == 0:
-        commit(run, directory, staged)
-        damaged = directory / "x" / "model-00003-of-00004.safetensors"
+        damaged = run / "step-1" / "x" / "model-00003-of-00004.safetensors"
         data = bytearray(damaged.read_bytes())
         data[-1] ^= 1
         damaged.write_bytes(data)
@@ -244,14 +233,7 @@ def test_what_cannot_be_written_is_said_before_anything_changes(start: Start, tm
     from torch.distributed.tensor import Partial
     mesh = init_device_mesh("cpu", (2,))
     state = {"x": {"w": torch.ones(4), "v": torch.ones(4)}}
-    directory = run / "step-1"
-    with collected_on_rank(state) as collected:
-        mine = stage(directory, collected, rank, world)
-    staged = [None] * world
-    dist.all_gather_object(staged, mine)
-    if rank == 0:
-        commit(run, directory, staged)
-    dist.barrier()
+    save_together(run, state)
     live = {"x": {"w": DTensor.from_local(torch.zeros(4), mesh, [Partial()], run_check=False), "v": torch.zeros(4)}}
     try:
         restore(run, live, rank=rank)
