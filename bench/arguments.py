@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.entrants import OURS, Entry, Key
 
-__all__ = ["add_common", "add_output", "add_rounds", "as_json", "chosen", "count_argument"]
+__all__ = ["add_common", "add_output", "add_rounds", "as_json", "chosen", "count_argument", "counts"]
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +41,15 @@ def count_argument(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def counts(text: str) -> list[int]:
+    """Return the numbers of ``4,16``.
+
+    Raises:
+        argparse.ArgumentTypeError: One is none.
+    """
+    return [count_argument(part) for part in text.split(",")]
 
 
 def chosen(entries: Mapping[Key, Entry], peers: str) -> dict[Key, Entry]:

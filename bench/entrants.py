@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["INTERFERENCES", "OURS", "RESTORES", "SAVES", "SMALLS", "Entry", "Key", "load_class"]
+__all__ = ["INTERFERENCES", "OURS", "RANKS", "RESTORES", "SAVES", "SMALLS", "Entry", "Key", "load_class"]
 
 
 class Key(NamedTuple):
@@ -65,6 +65,17 @@ INTERFERENCES: Mapping[Key, Entry] = {
     if key.system not in _SYNCHRONOUS and not entry.place.endswith(":FirstSave")
 }
 """Those whose saves go on while training steps run."""
+
+RANKS: Mapping[Key, Entry] = {
+    Key(system, case): Entry(place, case)
+    for case in ("sharded", "replicated")
+    for system, place in (
+        (OURS, "bench.ours:AmongRanks"),
+        ("dcp.async_save process", "bench.peers.dcp_process:DcpAmongRanks"),
+        ("torch_checkpointing", "bench.peers.torch_checkpointing_manager:ManagerSave"),
+    )
+}
+"""Jobs of several ranks; the case is how the state lies on them, as ``bench.rank_state`` makes it."""
 
 
 def load_class(place: str) -> type[Any]:

@@ -8,7 +8,7 @@ import threading
 from types import TracebackType
 from typing import Self
 
-__all__ = ["PeakSampler", "memory_of", "open_fds", "tree_of"]
+__all__ = ["PeakSampler", "memory_of", "open_fds", "tree_of", "written_by"]
 
 _EVERY_S = 0.02
 
@@ -80,3 +80,9 @@ def memory_of(pid: int) -> tuple[int, int]:
 def open_fds(pid: int) -> int:
     """Return the number of open descriptors of a process."""
     return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def written_by(pid: int) -> int:
+    """Return the bytes that a process has written to disks, or to the page cache above one."""
+    with open(f"/proc/{pid}/io") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("write_bytes:"))

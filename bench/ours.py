@@ -9,9 +9,10 @@ from typing import ClassVar, Literal
 
 import aiockpt
 import aiockpt.blocking
-from bench.entrant import Restorer, Saver, remove, stopwatch
+from bench.entrant import Restorer, Saver, remove, stopwatch, timed_save
+from bench.memory import memory_of, open_fds
 
-__all__ = ["FirstSave", "Guarded", "Inline", "Restore"]
+__all__ = ["AmongRanks", "FirstSave", "Guarded", "Inline", "Restore"]
 
 _RETENTION_SECONDS = 30.0
 
@@ -102,6 +103,40 @@ class FirstSave(Guarded):
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+class AmongRanks(Guarded):
+    """One rank of several, which says what being one costs."""
+
+    def _open(self, run: Path) -> None:
+        before = _held(os.getpid())
+        self.run = run
+        self.checkpointer = aiockpt.blocking.Checkpointer(run, keep=aiockpt.Latest(1))
+        elapsed = stopwatch()
+        self.checkpointer.open()
+        self.costs = {"start_s": elapsed()}
+        if self.checkpointer.restore(self.state.mapping) is not None:
+            raise RuntimeError(f"{run} is not empty")
+        self.costs["formed_s"] = elapsed()
+        self.checkpointer.prepare(self.state.mapping)
+        first = timed_save(self, 0)
+        self.costs |= {"first_blocked_s": first.blocked_s, "first_durable_s": first.durable_s}
+        for name, after, was in zip(("bytes", "fds", "threads"), _held(os.getpid()), before, strict=True):
+            self.costs[f"trainer_{name}"] = after - was
+        worker = self.checkpointer.statistics().worker_pid
+        assert worker is not None
+        for name, held in zip(("bytes", "fds", "threads"), _held(worker), strict=True):
+            self.costs[f"worker_{name}"] = held
+
+    def facts(self) -> dict[str, float]:
+        """Return what this rank holds, and how long it took to be one."""
+        return self.costs
+
+
+def _held(pid: int) -> tuple[int, int, int]:
+    """Return a process's bytes without shared memory, its descriptors, its threads."""
+    pss, shared = memory_of(pid)
+    return pss - shared, open_fds(pid), len(os.listdir(f"/proc/{pid}/task"))
 
 
 class Restore(Restorer):

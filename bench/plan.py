@@ -106,15 +106,13 @@ _CASES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what this question takes."""
-    parser.add_argument("--ranks", type=_counts, default="8,64,256,1024,4096", help="numbers, with commas between")
+    parser.add_argument(
+        "--ranks", type=arguments.counts, default="8,64,256,1024,4096", help="numbers, with commas between"
+    )
     parser.add_argument(
         "--tensors", type=arguments.count_argument, default=1500, help="parameters, each with two states (1500)"
     )
     arguments.add_common(parser)
-
-
-def _counts(text: str) -> list[int]:
-    return [arguments.count_argument(part) for part in text.split(",")]
 
 
 def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Report:

@@ -15,9 +15,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
-__all__ = ["EntrantFailedError", "EntrantProcess"]
+__all__ = ["Entrant", "EntrantFailedError", "EntrantProcess"]
 
 _ANSWER_TIMEOUT = 900.0
 """Seconds for one answer: a peer that hangs is skipped, the others are measured."""
@@ -28,6 +28,29 @@ _OUT_OF_DESCRIPTORS = ("Too many open files", "ancdata")
 
 class EntrantFailedError(Exception):
     """The process died, hung, or raised; the text says why in one line."""
+
+
+class Entrant(Protocol):
+    """A system that is up, in one process or in several; a context manager that leaves none behind."""
+
+    @property
+    def pid(self) -> int:
+        """The process whose tree is looked at."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None: ...
+
+    def ask(self, command: str) -> dict[str, Any]:
+        """Send a command and wait for its answer."""
+
+    def answer(self) -> dict[str, Any]:
+        """Wait for the next answer."""
+
+    def close(self) -> None:
+        """Let the system close, and its process end."""
 
 
 class EntrantProcess:
@@ -79,13 +102,21 @@ class EntrantProcess:
         Raises:
             EntrantFailedError: None came.
         """
+        self.tell(command)
+        return self.answer()
+
+    def tell(self, command: str) -> None:
+        """Send a command.
+
+        Raises:
+            EntrantFailedError: It takes none any more.
+        """
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(f"{command}\n".encode())
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._failure("its process ended") from None
-        return self.answer()
 
     def answer(self) -> dict[str, Any]:
         """Wait for the next answer; the first comes by itself, when the system is open.
@@ -110,10 +141,14 @@ class EntrantProcess:
         """Let the system close and its process end."""
         with contextlib.suppress(EntrantFailedError):
             self.ask("close")
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(60)
+            self.join()
+
+    def join(self) -> None:
+        """Let the process end, which has closed."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(60)
 
     def _failure(self, what: str) -> EntrantFailedError:
         """Say what happened with the last line that the process wrote, which is the exception's of a traceback."""

@@ -20,7 +20,7 @@ from bench.entrants import Entry, Key
 from bench.floor_process import FloorProcess
 from bench.machine import drop_page_cache
 from bench.memory import PeakSampler
-from bench.process import EntrantFailedError, EntrantProcess
+from bench.process import Entrant, EntrantFailedError, EntrantProcess
 from bench.results import Floors, Measured, Round
 
 __all__ = ["Entered", "Outcome", "Plan", "RestoreTurns", "SaveTurns", "Turns", "folder", "run", "skip", "start"]
@@ -41,6 +41,8 @@ class Plan:
     tensor_nbytes: int = 4096
     nofile: int | None = None
     """Descriptors that each system may have open; None is what this process may."""
+    launch: Callable[[Entry, str, Plan, Path], Entrant] | None = None
+    """Starts an entrant for (entry, role, plan, directory); None is one process each."""
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Outcome:
 class Entered:
     """An entrant whose process is up."""
 
-    def __init__(self, key: Key, process: EntrantProcess) -> None:
+    def __init__(self, key: Key, process: Entrant) -> None:
         self.process = process
         self.measured = Measured(key, process.answer())
         self.path = Path(self.measured.opened.get("path", "."))
@@ -191,7 +193,7 @@ class _Course:
         self._plan = plan
         self._outcome = outcome
 
-    def enter(self, key: Key, process: EntrantProcess) -> Entered:
+    def enter(self, key: Key, process: Entrant) -> Entered:
         """Wait for an entrant, and warm it up."""
         entered = Entered(key, process)
         self.turns.get_ready(entered)
@@ -219,8 +221,10 @@ class _Course:
         self._outcome.floors.add(self.turns.together(*entered))
 
 
-def start(entry: Entry, role: str, plan: Plan, directory: Path) -> EntrantProcess:
-    """Start the process of an entrant."""
+def start(entry: Entry, role: str, plan: Plan, directory: Path) -> Entrant:
+    """Start the process of an entrant, or the processes."""
+    if plan.launch is not None:
+        return plan.launch(entry, role, plan, directory)
     return EntrantProcess(
         {
             "place": entry.place,

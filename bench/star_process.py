@@ -16,11 +16,23 @@ import anyio.to_thread
 
 from aiockpt.format.manifest import FileRecord
 from aiockpt.protocol.messages import WireError
-from aiockpt.protocol.orders import CheckPlans, Commit, Drop, Look, MakeAttempt
-from aiockpt.protocol.star import Arguments, Arrive, Body, Ended, Join, Open, StarMessage, WantBody, Written
+from aiockpt.protocol.orders import CheckPlans, Commit, Compare, Drop, Look, MakeAttempt
+from aiockpt.protocol.star import (
+    Arguments,
+    Arrive,
+    Body,
+    Details,
+    Ended,
+    Join,
+    Open,
+    StarMessage,
+    WantBody,
+    WantDetails,
+    Written,
+)
 from aiockpt.worker.star_hub import StarHub
 
-__all__ = ["DIGEST", "PACKAGE", "PLAN_NBYTES", "TOKEN", "arrival", "main", "written"]
+__all__ = ["PACKAGE", "PLAN_NBYTES", "TOKEN", "arrival", "digest_of", "main", "written"]
 
 TOKEN = b"of this benchmark"
 PACKAGE = "bench"
@@ -29,9 +41,14 @@ PLAN_NBYTES = 331_000
 """Measured of a plan with 4,500 entries."""
 
 
-def arrival(n: int) -> Arrive:
+def arrival(n: int, digest: str = DIGEST) -> Arrive:
     """Return what each rank says in its call number ``n``."""
-    return Arrive(n=n, arguments=Arguments(step=n), digest=DIGEST)
+    return Arrive(n=n, arguments=Arguments(step=n), digest=digest)
+
+
+def digest_of(n: int) -> str:
+    """Return the digest of a plan that is new in call number ``n``."""
+    return f"{n + 1:032x}"
 
 
 def written(n: int, files: list[FileRecord]) -> Written:
@@ -52,8 +69,11 @@ class _Clerk:
         self.times = {"made_at": time.monotonic()}
         return None
 
-    async def check(self, order: CheckPlans) -> tuple[WireError, int | None] | None:
+    async def check(self, order: CheckPlans) -> tuple[WireError, int | None] | dict[int, list[str]]:
         self.times["arrived_at"] = time.monotonic()
+        return {}
+
+    async def compare(self, order: Compare) -> WireError | None:
         return None
 
     async def commit(self, order: Commit) -> Ended:
@@ -84,6 +104,8 @@ class _RankZero:
                 self.hub.say(Body(digest=message.digest, body=bytes(PLAN_NBYTES)))
             case Open():
                 self.hub.say(written(message.n, []))
+            case WantDetails():
+                self.hub.say(Details(n=message.n, values=b"[]"))
 
     def lost(self, why: str) -> None:
         return
@@ -93,7 +115,7 @@ class _RankZero:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Serve commands until ``close`` or end-of-file: ``save N``, ``look``."""
+    """Serve commands until ``close`` or end-of-file: ``save N``, perhaps with a digest, and ``look``."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--world", type=int, required=True)
     parser.add_argument("--stall", type=float, required=True)
@@ -129,7 +151,7 @@ async def _serve(args: argparse.Namespace) -> None:
             while line := await anyio.to_thread.run_sync(sys.stdin.readline):
                 command, *given = line.split()
                 if command == "save":
-                    hub.say(arrival(int(given[0])))
+                    hub.say(arrival(int(given[0]), *given[1:]))
                 print(json.dumps({**_look(hub), **clerk.times}), file=replies)
                 if command == "close":
                     break

@@ -10,7 +10,7 @@ from torch import nn
 
 from aiockpt.cli.demo_model import CONTEXT, GPT
 
-__all__ = ["BenchState", "Tensors", "Training", "make_state"]
+__all__ = ["BenchState", "Tensors", "Training", "make_gpt", "make_state"]
 
 _WIDTHS = ((64, 2), (128, 4), (256, 4), (512, 8), (768, 12), (1024, 24), (1600, 48), (2560, 32), (4096, 32))
 """(width, most layers) of GPT-like models, small to large; the vocabulary takes up the rest of the asked size."""
@@ -122,7 +122,8 @@ def make_state(kind: str, nbytes: int, *, tensor_nbytes: int = 4096, seed: int =
     count = max(1, nbytes // tensor_nbytes)
     match kind:
         case "gpt":
-            return _gpt(nbytes, device)
+            model: nn.Module = make_gpt(nbytes, device)
+            return Training(model, torch.optim.AdamW(model.parameters(), lr=1e-6))
         case "tensors":
             return Tensors(count, tensor_nbytes)
         case "parameters":
@@ -131,7 +132,8 @@ def make_state(kind: str, nbytes: int, *, tensor_nbytes: int = 4096, seed: int =
     raise ValueError(f"there is no state {kind!r}")
 
 
-def _gpt(nbytes: int, device: str) -> Training:
+def make_gpt(nbytes: int, device: str) -> GPT:
+    """Return a GPT that takes ``nbytes`` together with the state of its AdamW."""
     parameters = nbytes // _BYTES_PER_PARAMETER
     width, layers = _WIDTHS[0][0], 1
     for candidate, most in _WIDTHS:
@@ -144,8 +146,7 @@ def _gpt(nbytes: int, device: str) -> Training:
             break
     rest = parameters - layers * _block_parameters(width) - (2 + CONTEXT) * width
     with torch.device(device):
-        model = GPT(width, layers, vocabulary=max(1, rest // width))
-    return Training(model, torch.optim.AdamW(model.parameters(), lr=1e-6))
+        return GPT(width, layers, vocabulary=max(1, rest // width))
 
 
 def _block_parameters(width: int) -> int:

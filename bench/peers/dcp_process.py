@@ -12,7 +12,7 @@ from bench.entrant import Pending, Saver
 from bench.peers.dcp_sync import quiet
 from bench.peers.dcp_thread import upload
 
-__all__ = ["DcpProcess"]
+__all__ = ["DcpAmongRanks", "DcpProcess"]
 
 
 class DcpProcess(Saver):
@@ -27,6 +27,9 @@ class DcpProcess(Saver):
         distributed.init_process_group(
             "gloo", init_method=(self.directory / "rendezvous").as_uri(), rank=0, world_size=1
         )
+        self._make_stager()
+
+    def _make_stager(self) -> None:
         self.stager = DefaultStager(
             StagingOptions(
                 use_pinned_memory=False,
@@ -51,3 +54,16 @@ class DcpProcess(Saver):
         """Close stager and group; the process ends with ours."""
         self.stager.close()
         distributed.destroy_process_group()
+
+
+class DcpAmongRanks(DcpProcess):
+    """The same in a job of several ranks, whose group is there."""
+
+    def open(self) -> None:
+        """Make the stager."""
+        quiet()
+        self._make_stager()
+
+    def close(self) -> None:
+        """Close the stager."""
+        self.stager.close()
