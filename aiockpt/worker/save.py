@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -75,7 +76,7 @@ class Surroundings:
         return await anyio.to_thread.run_sync(function, limiter=self.clerks)
 
 
-class Save:
+class Save(ABC):
     """Moves along ``protocol.lifecycle``; ``run`` is its one task, everything else is called by the reader."""
 
     def __init__(self, begin: BeginSave, arena: memoryview, surroundings: Surroundings) -> None:
@@ -122,13 +123,13 @@ class Save:
         self._note_end()
         self._staged.set()
 
+    @abstractmethod
     def cancel(self, error: WireError | None) -> None:
         """Give the save up, unless it is too late for that; ``error`` is what other ranks are told."""
-        raise NotImplementedError
 
+    @abstractmethod
     def abandon(self) -> None:
         """Give the save up because its trainer is gone before all was staged."""
-        raise NotImplementedError
 
     def report(self) -> None:
         """Send how much is written, if that is news."""
@@ -150,19 +151,21 @@ class Save:
     # ---- for those who derive from it
 
     @property
+    @abstractmethod
     def _written(self) -> int:
         """Bytes handed to the operating system."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _note_staged(self, file: int, upto: int) -> None:
-        raise NotImplementedError
+        """The first ``upto`` bytes of a file are final."""
 
+    @abstractmethod
     def _note_end(self) -> None:
-        raise NotImplementedError
+        """All is staged."""
 
+    @abstractmethod
     async def _run(self) -> None:
         """Bring it to its outcome."""
-        raise NotImplementedError
 
     async def _make_room(self) -> None:
         """Wait for removals under way where the disk is too full without them."""
