@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
 from aiockpt.config import Options
@@ -165,19 +165,20 @@ class Saving:
     def _save(self, call: Call) -> SaveRecord:
         _check_arguments(call.step, call.timeout, call.when_busy)
         refuse_capture("save()")
-        with self._counted(call) as job_call:
-            self._raise_unheard(call.step)
-            self._replaces(call.step, call.overwrite)
-            record = SaveRecord(call.step, timeout=call.timeout, spent=self._tally.spent)
-            record.call = job_call
-            record.metadata = encode_metadata(call.metadata)
-            record.span = self._spans.begin("save", step=call.step, save_id=record.save_id)
-            with record.span.unless_it_fails():
-                if not self._admit(record, call.when_busy):
-                    return self._skip(record)
-            with collector_paused():
+        with ExitStack() as paused:
+            with self._counted(call) as job_call:
+                self._raise_unheard(call.step)
+                self._replaces(call.step, call.overwrite)
+                record = SaveRecord(call.step, timeout=call.timeout, spent=self._tally.spent)
+                record.call = job_call
+                record.metadata = encode_metadata(call.metadata)
+                record.span = self._spans.begin("save", step=call.step, save_id=record.save_id)
+                with record.span.unless_it_fails():
+                    if not self._admit(record, call.when_busy):
+                        return self._skip(record)
+                # Until the copy is made: let loose half-way it would meet all that collecting has made.
+                paused.enter_context(collector_paused())
                 plan, collected = self._begin_snapshot(record, call)
-        with collector_paused():
             self._stage(record, plan, collected)
         record.stamp("blocked")
         return record
@@ -198,14 +199,11 @@ class Saving:
         except UsageError:
             job.take_back_call()
             raise
-        except SaveBusyError:
-            if call.when_busy == "raise":  # every rank hears the same from the hub
+        except CheckpointError as exc:
+            if isinstance(exc, SaveBusyError) and call.when_busy == "raise":  # every rank hears the same from the hub
                 job.skip(n, arguments)
             else:
-                job.refuse(n, arguments, _busy_here(call.step))
-            raise
-        except CheckpointError as exc:
-            job.refuse(n, arguments, exc)
+                job.refuse(n, arguments, exc)
             raise
         except BaseException as exc:
             job.refuse(n, arguments, CheckpointError("save() was interrupted", why=repr(exc)))
@@ -442,10 +440,6 @@ class Saving:
                     plan.arena_nbytes / 1e9,
                 )
                 return asked.result()
-
-
-def _busy_here(step: int) -> SaveBusyError:
-    return SaveBusyError(f"step {step} was not saved: no slot became free in time", next="save less often", step=step)
 
 
 def _check_arguments(step: object, timeout: object, when_busy: object) -> None:
