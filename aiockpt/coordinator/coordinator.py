@@ -145,6 +145,7 @@ class Coordinator:
             self._loop.tasks.start_soon(self._supervise, span)
             if self._job is not None:
                 self._loop.tasks.start_soon(self._job.form, claim, self._stop_if_closing)
+                self._loop.tasks.start_soon(self._job.beat, self._beat_interval)
             if self._pacing is not None:
                 self._loop.tasks.start_soon(self._pacing.run)
             up = anyio.Event()
@@ -206,14 +207,19 @@ class Coordinator:
 
     def setup(self) -> Setup:
         """See ``supervisor.Tenant``."""
-        stall = self.options.stall_timeout
         return Setup(
             run=self.options.run,
             term=self._opened.claim.term,
             linger_timeout=self.options.linger_timeout,
-            beat_interval=1.0 if stall is None else min(1.0, stall / 4),
+            beat_interval=self._beat_interval,
             rank=0 if self._job is None else self._job.ranks.rank,
         )
+
+    @property
+    def _beat_interval(self) -> float:
+        """Seconds between two signs of life, each way."""
+        stall = self.options.stall_timeout
+        return 1.0 if stall is None else min(1.0, stall / 4)
 
     def worker_up(self, link: Link) -> None:
         """See ``supervisor.Tenant``."""

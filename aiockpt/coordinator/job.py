@@ -23,7 +23,7 @@ from aiockpt.coordinator.listener import listen
 from aiockpt.coordinator.loop_thread import LoopThread
 from aiockpt.coordinator.rendezvous import Group, Meeting, Refusal, Rendezvous
 from aiockpt.errors import CheckpointError
-from aiockpt.protocol.messages import Enlist, Enlisted, FromHub, NoHub, ToHub
+from aiockpt.protocol.messages import Enlist, Enlisted, FromHub, NoHub, ToHub, TrainerBeat
 from aiockpt.protocol.star import Arguments, Arrive, Credit, End, EndedCall, Join, StarMessage
 from aiockpt.state.ranks import Ranks
 from aiockpt.storage.claim import RunClaim
@@ -263,6 +263,13 @@ class Job:
         self._hubs += 1
 
     # ---- the worker
+
+    async def beat(self, interval: float) -> None:
+        """Show the worker every ``interval`` seconds that this process runs, however long the program computes."""
+        while True:
+            await anyio.sleep(interval)
+            if self._link is not None and self._link.is_idle:  # else the worker does not read, and counts nothing
+                self._link.send(TrainerBeat())
 
     def worker_up(self, link: Link) -> None:
         """A worker of this rank is there: behind what it hears of open saves it is told of the star."""

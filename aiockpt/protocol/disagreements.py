@@ -7,7 +7,18 @@ from collections.abc import Sequence
 from aiockpt.protocol.messages import WireError
 from aiockpt.protocol.star import Arguments
 
-__all__ = ["claims_differ", "differ", "failed_before", "given_up", "gone", "late", "no_slot", "not_met", "timed_out"]
+__all__ = [
+    "claims_differ",
+    "differ",
+    "failed_before",
+    "given_up",
+    "gone",
+    "late",
+    "no_slot",
+    "not_met",
+    "silent",
+    "timed_out",
+]
 
 _NAMED_RANKS = 10
 """That a message lists."""
@@ -20,6 +31,17 @@ def gone(rank: int, why: str) -> WireError:
         what=f"rank {rank} is gone",
         why=why,
         next="start the job again; it resumes from the newest checkpoint",
+        rank=rank,
+    )
+
+
+def silent(rank: int, seconds: float, last: str) -> WireError:
+    """A rank's trainer does not run, and its process is there."""
+    return WireError(
+        kind="peer",
+        what=f"the trainer of rank {rank} has not been heard for {seconds:g} s",
+        why=f"its process is stopped, or something holds Python's lock in it; it was last heard {last}",
+        next="look at that process (SIGCONT wakes a stopped one), or give Checkpointer a longer stall_timeout",
         rank=rank,
     )
 

@@ -30,6 +30,7 @@ from aiockpt.protocol.star import (
     Leave,
     Open,
     OpenCall,
+    Silent,
     StarMessage,
     Verdict,
     WantBody,
@@ -82,6 +83,8 @@ class Hub:
         self._joined: set[int] = set()
         self._away = dict.fromkeys(range(world), now)
         self._gone: dict[int, str] = {}
+        self._silent: dict[int, WireError] = {}
+        """By rank whose trainer is not heard, though its worker is there: what the others are told."""
         self._owed: dict[int, set[int]] = {}
         """By taken save: the ranks whose slot it has, or will have once they call it."""
         self._known: dict[int, OpenCall] = {}
@@ -96,6 +99,11 @@ class Hub:
         """By rank: why it takes part in nothing any more."""
         return self._gone
 
+    @property
+    def silent(self) -> Mapping[int, WireError]:
+        """By rank: what is to be said of its trainer, which is not heard and may be heard again."""
+        return self._silent
+
     # ---- members come and go
 
     def join(self, member: Join, now: float) -> list[Output]:
@@ -104,6 +112,7 @@ class Hub:
         self._joined.add(rank)
         self._away.pop(rank, None)
         self._gone.pop(rank, None)
+        self._silent.pop(rank, None)
         self._settle(rank)
         if member.slot_of is not None:
             self._owed.setdefault(member.slot_of, set()).add(rank)
@@ -179,7 +188,22 @@ class Hub:
                         self._check_plans(call)
             case Leave():
                 self._leave(rank, message.why)
+            case Silent():
+                self._note_silence(rank, message.error)
         return self._take()
+
+    def _note_silence(self, rank: int, error: WireError | None) -> None:
+        self._silent.pop(rank, None)
+        if error is not None:
+            self._silent[rank] = msgspec.structs.replace(error, rank=rank)
+            for call in self._open():
+                self._fail_without_trainer(call)
+
+    def _fail_without_trainer(self, call: Call) -> None:
+        """End a save that a rank has not called whose trainer is not heard; of one that has, its worker decides."""
+        silent = min(self._silent.keys() - call.arrived, default=None)
+        if silent is not None and call.phase is Phase.OPEN:  # else ``made`` comes back to it
+            self._fail(call, self._silent[silent], rank=silent, phase="save")
 
     def _decide_early(self, now: float) -> None:
         if not self._waiting_for_all or self._away:
@@ -238,6 +262,9 @@ class Hub:
         elif self._gone:
             gone = min(self._gone)
             call.ended = Ended(n=call.n, error=disagreements.gone(gone, self._gone[gone]))
+        elif others := self._silent.keys() - {rank}:
+            error = msgspec.structs.replace(self._silent[min(others)], phase="save")
+            call.ended = Ended(n=call.n, error=error)
         elif verdict == "take" and arrive.refused is None:
             self._owed[call.n] = set(range(self._world))
             call.phase, call.save_id = Phase.MAKING, self._new_id()
@@ -340,6 +367,7 @@ class Hub:
         else:
             call.phase = Phase.OPEN
             self._tell_verdict(call, tuple(sorted(call.arrived)))
+            self._fail_without_trainer(call)
         return self._take()
 
     def checked(

@@ -53,6 +53,7 @@ class Room:
         """The last ones, the oldest first."""
         self._joined: set[int] = set()
         self._gone: dict[int, str] = {}
+        self._silent: dict[int, WireError] = {}
         self._unheard: set[int] = set() if is_first else set(range(world))
         """Ranks that may know of ends that an earlier hub has told."""
         self._early: dict[tuple[int, str], tuple[Attend, float]] = {}
@@ -80,21 +81,22 @@ class Room:
             case Attend():
                 return self._attend(rank, message, now)
 
-    def tick(self, now: float, gone: Mapping[int, str]) -> list[Tell]:
+    def tick(self, now: float, gone: Mapping[int, str], silent: Mapping[int, WireError]) -> list[Tell]:
         """Let time pass.
 
         Args:
             now: The hub's clock.
             gone: By rank: why it takes part in nothing any more.
+            silent: By rank: what is to be said of its trainer, which is not heard now.
         """
-        self._gone = dict(gone)
+        self._gone, self._silent = dict(gone), dict(silent)
         self._unheard -= self._gone.keys()
         if self._early and self._is_late(self._first_early(), now):
             self._unheard.clear()
         out = self._decide_early()
         for name, meeting in list(self._open.items()):
-            if self._gone:
-                out += self._fail(name, self._someone_gone())
+            if (missed := self._someone_missed(meeting)) is not None:
+                out += self._fail(name, missed)
             elif self._is_late(meeting.first_at, now):
                 out += self._fail(name, self._not_met(name, meeting))
         return out
@@ -132,8 +134,8 @@ class Room:
             return self._fail(name, msgspec.structs.replace(message.error, rank=rank))
         if message.claim != meeting.claim:
             return self._fail(name, disagreements.claims_differ(meeting.first_rank, meeting.claim, rank, message.claim))
-        if self._gone:
-            return self._fail(name, self._someone_gone())
+        if (missed := self._someone_missed(meeting)) is not None:
+            return self._fail(name, missed)
         if len(meeting.attended) == self._world:
             return self._end(Met(meeting=name, word=meeting.word))
         return []
@@ -143,9 +145,13 @@ class Room:
         missing = sorted(set(range(self._world)) - meeting.attended)
         return disagreements.not_met(name, meeting.first_rank, missing, self._arrival_timeout)
 
-    def _someone_gone(self) -> WireError:
-        rank = min(self._gone)
-        return msgspec.structs.replace(disagreements.gone(rank, self._gone[rank]), rank=rank)
+    def _someone_missed(self, meeting: _Meeting) -> WireError | None:
+        """Return of whom nobody can say that it comes, if there is one; who has come may be silent."""
+        if self._gone:
+            rank = min(self._gone)
+            return msgspec.structs.replace(disagreements.gone(rank, self._gone[rank]), rank=rank)
+        silent = min(self._silent.keys() - meeting.attended, default=None)
+        return None if silent is None else self._silent[silent]
 
     def _fail(self, name: str, error: WireError) -> list[Tell]:
         return self._end(Met(meeting=name, error=error))

@@ -39,6 +39,7 @@ __all__ = [
     "SlotFree",
     "Staged",
     "ToHub",
+    "TrainerBeat",
     "WireError",
 ]
 
@@ -214,6 +215,10 @@ class ToHub(_Message, tag="to_hub", frozen=True, kw_only=True, gc=False):
     message: StarMessage
 
 
+class TrainerBeat(_Message, tag="trainer_beat", frozen=True, kw_only=True, gc=False):
+    """The trainer's process runs, also where its program computes for long; sent where there are several ranks."""
+
+
 class Close(_Message, tag="close", frozen=True, kw_only=True, gc=False):
     """Finish what is staged, then end."""
 
@@ -320,6 +325,7 @@ Message = (
     | Cancel
     | Enlist
     | ToHub
+    | TrainerBeat
     | Close
     | Ready
     | Reserved

@@ -43,6 +43,7 @@ __all__ = [
     "Propose",
     "Recall",
     "Refused",
+    "Silent",
     "StarMessage",
     "Verdict",
     "WantBody",
@@ -184,6 +185,13 @@ class Leave(_StarMessage, tag="leave", frozen=True, kw_only=True, gc=False):
     """This rank takes part in no further save, and no worker of it comes back."""
 
     why: str
+
+
+class Silent(_StarMessage, tag="silent", frozen=True, kw_only=True, gc=False):
+    """This rank's trainer has not been heard for too long, though its worker lives; said again behind a ``Welcome``."""
+
+    error: WireError | None = None
+    """What the other ranks are told where they would wait for it; None: it is heard again."""
 
 
 class AskSave(_StarMessage, tag="ask_save", frozen=True, kw_only=True, gc=False):
@@ -347,6 +355,7 @@ StarMessage = (
     | Credit
     | MemberBeat
     | Leave
+    | Silent
     | Welcome
     | Refused
     | Open

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import os
+import select
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -58,6 +59,13 @@ class Link:
                 return
             for item in self._take(data, fds):
                 yield item
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether something came that ``receive`` had no turn for yet."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
 
     def drain(self, handle: Callable[[Message, list[int]], None]) -> None:
         """Handle what a trainer that is gone had sent; nobody may be in ``receive``. Does not wait.

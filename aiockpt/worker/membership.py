@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 
 from aiockpt import __version__
+from aiockpt.protocol import disagreements
 from aiockpt.protocol.messages import BeginSave, Enlist, Enlisted, FromHub, Message, NoHub
 from aiockpt.protocol.star import (
     Body,
@@ -16,6 +18,7 @@ from aiockpt.protocol.star import (
     Fits,
     Join,
     Open,
+    Silent,
     StarMessage,
     WantBody,
     WantDetails,
@@ -30,6 +33,8 @@ from aiockpt.worker.star_hub import StarHub
 from aiockpt.worker.star_member import StarMember
 
 __all__ = ["Membership"]
+
+_log = logging.getLogger("aiockpt.worker")
 
 _TOLD_ENDS = 64
 """Outcomes that a join tells, as ``star.Join`` says."""
@@ -60,6 +65,10 @@ class Membership:
         self._send = send
         self._ends: deque[EndedCall] = deque(enlist.ended_calls, _TOLD_ENDS)
         self._slot_of = enlist.slot_of
+        self._last_step: int | None = None
+        """Of the save that the trainer began last."""
+        self._silent: WireError | None = None
+        """What the others are told of the trainer while it is not heard."""
         self._is_in = False
         self.was_in = False
         """Whether a hub has ever heard of this worker."""
@@ -111,8 +120,31 @@ class Membership:
     def begin(self, save: RankSave) -> None:
         """A save of this rank begins: its slot is taken."""
         self._slot_of = save.call.n
+        self._last_step = save.begin.step
         if self._gone is not None:  # its trainer had not heard of that when it began
             save.lose(self._gone, is_certain=save.opened is None)
+
+    # ---- of the trainer
+
+    def trainer_is_silent(self, seconds: float) -> None:
+        """The trainer was not heard for so long: the others are not to wait for what only it can do."""
+        if self._last_step is None:
+            last = "before it had begun a save"
+        elif any(not save.is_staged for save in self._saves()):
+            last = f"while it copied the state of step {self._last_step}"
+        else:
+            last = f"behind the save of step {self._last_step}"
+        self._silent = disagreements.silent(self._enlist.rank, seconds, last)
+        _log.warning("%s\nwhy: %s", self._silent.what, self._silent.why)
+        self.say(Silent(error=self._silent))
+        for save in self._saves():
+            save.trainer_is_silent(self._silent)
+
+    def trainer_is_heard(self) -> None:
+        """It is there again."""
+        self._silent = None
+        _log.info("the trainer of rank %d is heard again", self._enlist.rank)
+        self.say(Silent())
 
     # ---- from the hub
 
@@ -135,6 +167,8 @@ class Membership:
         self._is_in = self.was_in = True
         self._gone = None
         self._send(Enlisted())
+        if self._silent is not None:
+            self.say(Silent(error=self._silent))
         for save in self._saves():
             save.say_again()
 

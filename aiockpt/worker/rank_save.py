@@ -117,6 +117,11 @@ class RankSave(Save):
         what = "its trainer ended before all was staged"
         self._give_up(WireError(kind="peer", what=what, next="look at its log", phase="stage"))
 
+    def trainer_is_silent(self, error: WireError) -> None:
+        """Give it up unless all is staged: then it needs its trainer no more."""
+        if not self.is_staged:
+            self._give_up(msgspec.structs.replace(error, phase="stage"))
+
     # ---- from the hub
 
     def hear(self, message: Open | Fits | WantDetails | Committing | Ended) -> None:

@@ -36,6 +36,7 @@ from aiockpt.protocol.messages import (
     Setup,
     Staged,
     ToHub,
+    TrainerBeat,
 )
 from aiockpt.protocol.star import StarMessage
 from aiockpt.storage.faults import NO_FAULTS, Faults
@@ -51,6 +52,7 @@ from aiockpt.worker.run import Run
 from aiockpt.worker.save import Save, Surroundings, check_begin
 from aiockpt.worker.single_save import SingleSave
 from aiockpt.worker.sweeper import Sweeper
+from aiockpt.worker.trainer_watch import TrainerWatch
 from aiockpt.worker.writer import DEFAULT_WRITERS
 
 __all__ = ["serve"]
@@ -104,6 +106,7 @@ class _Service:
         self._is_reserving = False
         self._saves: dict[str, Save] = {}
         self._membership: Membership | None = None
+        self._trainer: TrainerWatch | None = None
         self._taking_part = anyio.CancelScope()
         self._is_closing = False
         self._is_orphaned = False
@@ -191,7 +194,11 @@ class _Service:
             self._membership = Membership(
                 enlist, listener_fd, saves=self._rank_saves, send=self._link.send, surroundings=self._around
             )
-            await self._membership.run()
+            self._trainer = TrainerWatch(enlist.stall_timeout, self._membership, lambda: self._link.has_unread)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._trainer.run)
+                await self._membership.run()
+                self._trainer.end()
 
     def _rank_saves(self) -> list[RankSave]:
         return [save for save in self._saves.values() if isinstance(save, RankSave)]
@@ -286,15 +293,23 @@ class _Service:
         if self._is_orphaned:
             return
         self._is_orphaned = True
+        self._expect_no_more()
         _log.info("the trainer is gone: %s", why)
         self._reading.cancel()
         self._sending.cancel()
         self._link.mute()
         self._tasks.start_soon(self._linger)
 
+    def _expect_no_more(self) -> None:
+        """The trainer ends, or has told us to: its silence is no news."""
+        if self._trainer is not None:
+            self._trainer.end()
+
     # ---- what the trainer says
 
     def _handle(self, message: Message, fds: list[int]) -> None:
+        if self._trainer is not None:
+            self._trainer.heard()
         try:
             self._dispatch(message, fds)
         finally:
@@ -320,9 +335,12 @@ class _Service:
                 self._enlist(message, fds)
             case ToHub():
                 self._say_to_hub(message.message)
+            case TrainerBeat():
+                pass
             case Close():
                 if not self._is_closing:
                     self._is_closing = True
+                    self._expect_no_more()
                     self._tasks.start_soon(self._close)
             case _:
                 raise ProtocolError(f"a {type(message).__name__} came, which is not for a worker")

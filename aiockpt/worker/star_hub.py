@@ -32,6 +32,7 @@ from aiockpt.protocol.star import (
     Pace,
     Recall,
     Refused,
+    Silent,
     StarMessage,
     Welcome,
 )
@@ -310,8 +311,8 @@ class StarHub:
             self._do(self._room.hear(rank, message, self._now))
         else:
             self._do(self._hub.hear(rank, message, self._now))
-            if isinstance(message, Leave):
-                self._do(self._room.tick(self._now, self._hub.gone))
+            if isinstance(message, Leave | Silent):
+                self._tick_room()
 
     def _do(self, outputs: Iterable[Output]) -> None:
         for output in outputs:
@@ -376,7 +377,10 @@ class StarHub:
             if ticks.is_beat_due():
                 self._beat()
             self._do(self._hub.tick(self._now))
-            self._do(self._room.tick(self._now, self._hub.gone))
+            self._tick_room()
+
+    def _tick_room(self) -> None:
+        self._do(self._room.tick(self._now, self._hub.gone, self._hub.silent))
 
     def _find_silent(self, elapsed: float) -> None:
         for link in self._members.values():

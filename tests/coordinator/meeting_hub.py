@@ -109,7 +109,7 @@ class MeetingHub:
 
     def _pass_time(self, seconds: float) -> None:
         self._now += seconds
-        self._tell(self._room.tick(self._now, self._gone))
+        self._tell(self._room.tick(self._now, self._gone, {}))
 
     def _replace(self) -> None:
         self._room = Room(self.world, arrival_timeout=ARRIVAL_TIMEOUT, is_first=False)

@@ -34,9 +34,10 @@ from aiockpt.protocol.messages import (
     SlotFree,
     Staged,
     ToHub,
-    WireError,
+    TrainerBeat,
 )
 from aiockpt.protocol.star import Credit, Dropped, EndedCall, OpenCall
+from aiockpt.protocol.terms import WireError
 from aiockpt.worker.launch import PACKAGE_PATH
 
 
@@ -149,6 +150,7 @@ EXAMPLES: dict[str, Message] = {
         return_timeout=None,
     ),
     "to_hub": ToHub(message=Credit(n=12)),
+    "trainer_beat": TrainerBeat(),
     "close": Close(),
     "ready": Ready(pid=4711),
     "ready-error": Ready(pid=4711, error=WireError(kind="config", what="no")),

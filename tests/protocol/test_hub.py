@@ -31,6 +31,7 @@ from aiockpt.protocol.star import (
     Leave,
     Open,
     OpenCall,
+    Silent,
     StarMessage,
     WantBody,
     WantDetails,
@@ -38,6 +39,7 @@ from aiockpt.protocol.star import (
 )
 
 DISK_FULL = WireError(kind="storage", what="no space", phase="write")
+NOT_HEARD = WireError(kind="peer", what="its trainer is not heard", phase="stage")
 
 
 @dataclass
@@ -46,6 +48,8 @@ class Member:
 
     rank: int
     is_up: bool = False
+    is_silent: bool = False
+    """Its trainer is stopped."""
     inbox: deque[StarMessage] = field(default_factory=deque)
     outbox: deque[StarMessage] = field(default_factory=deque)
     calls: int = 0
@@ -81,9 +85,22 @@ class Member:
             slot_of=self.slot_of if self.opened is not None else None,
         )
         self.has_written = None
+        if self.is_silent:
+            self.outbox.append(Silent(error=NOT_HEARD))
         if self.arrival is not None:
             self.outbox.append(self.arrival)
         return join
+
+    def fall_silent(self) -> None:
+        """Its trainer is not heard: what is not all staged is given up."""
+        self.is_silent = True
+        self.say(Silent(error=NOT_HEARD))
+        if self.arrival is not None and self.has_written is None:
+            self.say(GiveUp(n=self.arrival.n, error=NOT_HEARD))
+
+    def wake(self) -> None:
+        self.is_silent = False
+        self.say(Silent())
 
     def hear(self, message: StarMessage) -> None:
         match message:
@@ -497,6 +514,54 @@ def test_a_rank_that_leaves_fails_what_it_has_not_written() -> None:
     assert job.members[0].errors[0].why == "its trainer died"
 
 
+def test_a_rank_whose_trainer_is_silent_fails_what_it_has_not_called() -> None:
+    """What is open and what begins, at once and by name; once it is heard, the next one works."""
+    job = Job(3)
+    job.save(10, ranks=[0, 1])
+    job.settle()
+    job.members[2].fall_silent()
+    job.settle()
+    job.save(20, ranks=[0, 1], when_busy="skip")
+    job.settle()
+    job.members[2].wake()
+    job.settle()
+    for member in job.members[:2]:
+        assert [(error.rank, error.phase) for error in member.errors.values()] == [(2, "save")] * 2
+        member.free()
+    job.save(10, ranks=[2])
+    job.settle()
+    job.members[2].free()
+    job.save(20, ranks=[2], when_busy="skip")
+    job.settle()
+    assert [job.end_of(0), job.end_of(1)] == ["failed", "failed"]
+    job.members[2].free()
+    job.save(30)
+    job.settle()
+    assert job.end_of(2) == "committed"
+    assert not job.attempts
+
+
+def test_a_save_that_all_have_called_is_left_to_the_workers() -> None:
+    """They know whether all is staged, and say so where it is not."""
+    job = Job(2)
+    job.save(10)
+    for member in job.members:
+        job.hear(member)
+    job.do(job.hub.hear(1, Silent(error=NOT_HEARD), 0.0))
+    job.settle()
+    assert job.end_of(0) == "committed"
+
+
+def test_an_attempt_that_is_being_made_fails_when_it_stands() -> None:
+    """So that it is removed again; a rank may fall silent, and be heard, as often as it likes meanwhile."""
+    hub = hub_of(2)
+    out = hub.hear(0, Arrive(n=0, arguments=Arguments(step=0), digest="a"), 0.0)
+    (make,) = [order for order in out if isinstance(order, MakeAttempt)]
+    for message in (Silent(error=NOT_HEARD), Silent(), Silent(error=NOT_HEARD)):
+        assert hub.hear(1, message, 0.0) == []
+    assert [type(output) for output in hub.made(make, None)][-2:] == [Drop, Tell]
+
+
 def test_a_new_hub_finds_what_the_old_one_published() -> None:
     job = Job(2)
     job.save(10)
@@ -669,7 +734,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(rank=RANKS)
     def call(self, rank: int) -> None:
         member = self.job.members[rank]
-        if member.arrival is None and member.calls < len(self.script):
+        if not member.is_silent and member.arrival is None and member.calls < len(self.script):
             arguments = self.script[member.calls]
             if arguments.when_busy == "wait" and member.slot_of is not None:
                 return  # it waits for the slot
@@ -695,8 +760,18 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(rank=RANKS)
     def free(self, rank: int) -> None:
         member = self.job.members[rank]
-        if member.is_up and member.slot_of is not None and member.slot_of in member.ends:
+        if member.is_up and not member.is_silent and member.slot_of is not None and member.slot_of in member.ends:
             member.free()
+
+    @rule(rank=RANKS)
+    def stop(self, rank: int) -> None:
+        if not self.job.members[rank].is_silent:
+            self.job.members[rank].fall_silent()
+
+    @rule(rank=RANKS)
+    def wake(self, rank: int) -> None:
+        if self.job.members[rank].is_silent:
+            self.job.members[rank].wake()
 
     @precondition(lambda self: self.job.orders)
     @rule(fails=st.integers(0, 9).map(lambda number: number == 0))
@@ -731,6 +806,9 @@ class AnyOrder(RuleBasedStateMachine):
         job = getattr(self, "job", None)
         if job is None:
             return
+        for member in job.members:
+            if member.is_silent:
+                member.wake()
         for _ in range(len(self.script) + 1):
             job.settle()
             for member in job.members:

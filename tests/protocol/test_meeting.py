@@ -56,6 +56,7 @@ class Job:
         self.world = world
         self.now = 0.0
         self.gone: dict[int, str] = {}
+        self.silent: dict[int, WireError] = {}
         self.members = [Member(rank) for rank in range(world)]
         self.room = Room(world, arrival_timeout=TIMEOUT)
         self.settle()
@@ -93,7 +94,7 @@ class Job:
 
     def tick(self, seconds: float = 0.0) -> None:
         self.now += seconds
-        self.tell(self.room.tick(self.now, self.gone))
+        self.tell(self.room.tick(self.now, self.gone, self.silent))
 
     def settle(self) -> None:
         for member in self.members:
@@ -192,6 +193,29 @@ def test_a_rank_that_is_gone_ends_what_is_open_and_what_begins(has_come: bool) -
         error = job.members[0].ends[meeting].error
         assert error is not None
         assert (error.rank, error.why) == (1, "its trainer died")
+
+
+def test_a_rank_whose_trainer_is_silent_ends_what_it_has_not_come_to() -> None:
+    """What it has come to goes on without a word of it, and once it is heard again nothing is left of that."""
+    job = Job(2)
+    job.members[1].attend("a")
+    job.settle()
+    job.silent = {1: WireError(kind="peer", what="not heard", rank=1)}
+    job.tick()
+    job.members[0].attend("a")
+    job.settle()
+    assert job.end_of("a").error is None
+    job.members[0].attend("b")
+    job.settle()
+    job.members[1].attend("b")
+    job.settle()
+    assert job.end_of("b").error == job.silent[1]
+    job.silent = {}
+    job.tick()
+    for member in job.members:
+        member.attend("c")
+    job.settle()
+    assert job.end_of("c").error is None
 
 
 def test_a_worker_that_comes_back_hears_what_it_missed() -> None:

@@ -30,10 +30,12 @@ __all__ = [
     "of",
     "own",
     "pids_of",
+    "pids_of_trainers",
     "rule",
     "say",
     "seconds_of",
     "stop",
+    "stop_here",
     "wait_until",
     "wake",
     "worker_of",
@@ -88,15 +90,29 @@ def worker_of(ckpt: blocking.Checkpointer) -> int:
 
 def pids_of(ckpt: blocking.Checkpointer) -> list[int]:
     """Return the pids of all ranks' workers: a collective of the training's group."""
+    return _gather(worker_of(ckpt))
+
+
+def pids_of_trainers() -> list[int]:
+    """Return the pids of all ranks: a collective of the training's group."""
+    return _gather(os.getpid())
+
+
+def _gather(number: int) -> list[int]:
     found = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, torch.tensor([worker_of(ckpt)]))
-    return [int(pid) for pid in found]
+    dist.all_gather(found, torch.tensor([number]))
+    return [int(one) for one in found]
 
 
 def stop(pid: int) -> None:
     """Stop a process, and wait until it is."""
     os.kill(pid, signal.SIGSTOP)
     wait_until(lambda: _state(pid) in "TtZ", "a process to stop")
+
+
+def stop_here() -> None:
+    """Stop this process until another one wakes it."""
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def wake(pid: int) -> None:

@@ -19,7 +19,7 @@ from aiockpt.protocol import proof
 from aiockpt.protocol.agreeing import Pause
 from aiockpt.protocol.frames import encode
 from aiockpt.protocol.messages import WireError
-from aiockpt.protocol.star import Ended, GiveUp, Join, Leave, MemberBeat
+from aiockpt.protocol.star import Ended, GiveUp, Join, Leave, MemberBeat, Silent
 from aiockpt.worker import star_link
 from aiockpt.worker.star_hub import StarHub, make_room
 from tests.worker.star_parties import PACKAGE, TOKEN, MemoryClerk, Rank, hub_of, listen, member_of
@@ -243,6 +243,36 @@ def test_a_rank_that_leaves_fails_what_is_open() -> None:
         error = star.ranks[0].ended[0].error
         assert error is not None
         assert (error.rank, error.why) == (1, "its trainer died")
+
+    run(2, body)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_whose_trainer_is_silent_ends_what_waits_for_it(victim: int) -> None:
+    """A save and a meeting; once the trainer is heard again all goes on."""
+
+    async def body(star: Star) -> None:
+        await star.all_in()
+        silent, other = star.ranks[victim], star.ranks[1 - victim]
+        assert silent.star is not None
+        other.save(0, step=10)
+        other.attend("a")
+        await until(lambda: other.opened)
+        silent.star.say(Silent(error=WireError(kind="peer", what="not heard")))
+        await until(lambda: 0 in other.ended and other.guest.answer("a"))
+        met = other.guest.answer("a")
+        assert met is not None
+        for error, phase in ((other.ended[0].error, "save"), (met.error, "")):
+            assert error is not None
+            assert (error.rank, error.what, error.phase) == (victim, "not heard", phase)
+        await until(lambda: not star.clerk.attempts)
+        silent.star.say(Silent())
+        silent.save(1, step=10)  # behind that word
+        await until(lambda: silent.opened)
+        other.save(1, step=10)
+        await until(lambda: 1 in silent.ended and 1 in other.ended)
+        assert silent.ended[1].error is None
+        assert other.ended[1].error is None
 
     run(2, body)
 
