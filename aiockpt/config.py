@@ -177,8 +177,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     start_timeout: float | None = 60.0
     """For the worker to come up."""
     stall_timeout: float | None = 60.0
-    """For a sign of life: the worker's beat, with several ranks the trainer's, a pending copy that an optimizer waits for;
-    so longer than native code holds Python's lock at a time."""
+    """For a sign of life: the worker's beat, with several ranks also the trainer's (so longer than native code holds
+    Python's lock in one go), a pending copy that an optimizer waits for."""
     io_timeout: float | None = 600.0
     """For one write, sync or rename to progress."""
     arrival_timeout: float | None = 600.0
