@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import aiockpt
 from tests.ranks.conftest import Start
 
 pytestmark = pytest.mark.process
@@ -101,6 +102,31 @@ WRITE = """
     write(model, optimizer_of(model))
 """
 
+WRITE_TOGETHER = """
+    step = args[1]
+    model = {make}(step)
+    optimizer = optimizer_of(model)
+    number = aiockpt.PerRank({{"rank": -1}})
+    state = {{"model": model, "optimizer": optimizer, "number": number, "epoch": step}}
+    with aiockpt.blocking.Checkpointer(args[0]) as ckpt:
+        # Ranks that the job before did not have find nothing of their own.
+        restored = ckpt.restore(state, exclude=["number"] if rank >= 4 else [])
+        if step:
+            assert restored.step == state["epoch"] == step - 1
+            assert number.value["rank"] == (rank if rank < 4 else -1)
+            check(model, optimizer)
+        number.value["rank"], state["epoch"] = rank, step
+        for param in model.parameters():
+            param.grad = param.detach() * 0.5
+        optimizer.step()
+        whole = wholes(model, optimizer)
+        dist.barrier()  # all have read the one before
+        if rank == 0:
+            torch.save(whole, run.with_suffix(".new"))
+            run.with_suffix(".new").rename(run / "whole.pt")
+        assert ckpt.save(step, state).result().step == step
+"""
+
 READ = """
     model = {make}(1)
     before = {{name: (id(tensor), getattr(tensor, "_local_tensor", tensor).data_ptr())
@@ -150,6 +176,15 @@ def test_any_layout_into_any_other(start: Start, tmp_path: Path, saved: str, rea
     start(4, COMMON + WRITE.format(make=saved), run).check()
     for number, (make, world) in enumerate(readers):
         start(world, reading(make, reverse=number % 2 == 1, stepped=number % 3 == 2), run).check()
+
+
+def test_a_job_of_eight_goes_on_from_one_of_four(start: Start, tmp_path: Path) -> None:
+    """More ranks than wrote it, some with nothing of a tensor: all restore it together, save, and four go on again."""
+    run, trained = tmp_path / "run", WRITE_TOGETHER.format(make="fsdp")
+    start(4, COMMON + trained, run, 0).check()
+    start(8, COMMON + trained, run, 1).check()
+    start(4, COMMON + trained, run, 2).check()
+    assert aiockpt.blocking.steps(run) == [0, 1, 2]
 
 
 def test_every_placement_into_every_other(start: Start, tmp_path: Path) -> None:
