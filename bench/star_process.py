@@ -15,7 +15,6 @@ import anyio
 import anyio.to_thread
 
 from aiockpt.format.manifest import FileRecord
-from aiockpt.protocol.messages import WireError
 from aiockpt.protocol.orders import CheckPlans, Commit, Compare, Drop, Look, MakeAttempt
 from aiockpt.protocol.star import (
     Arguments,
@@ -30,6 +29,7 @@ from aiockpt.protocol.star import (
     WantDetails,
     Written,
 )
+from aiockpt.protocol.terms import WireError
 from aiockpt.worker.star_hub import StarHub
 
 __all__ = ["PACKAGE", "PLAN_NBYTES", "TOKEN", "arrival", "digest_of", "main", "written"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from typing import Literal
 
 from aiockpt.coordinator.save_record import SaveRecord
 from aiockpt.errors import (
@@ -23,7 +22,7 @@ from aiockpt.errors import (
     UsageError,
     WorkerExitedError,
 )
-from aiockpt.protocol.terms import WireError
+from aiockpt.protocol.terms import Kind, WireError
 
 __all__ = [
     "abandoned",
@@ -110,7 +109,7 @@ def _as_met(error: WireError, save: SaveRecord) -> BaseException:
 
 def as_data(error: CheckpointError, *, phase: str) -> WireError:
     """Return an error of this trainer as other ranks are told of it."""
-    kind: Literal["storage", "cancelled", "peer"] = "peer"
+    kind: Kind = "peer"
     if isinstance(error, StorageError):
         kind = "storage"
     elif isinstance(error, SaveCancelledError):

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 
 from aiockpt.errors import CheckpointError
 from aiockpt.protocol.meeting import Guest
-from aiockpt.protocol.messages import WireError
 from aiockpt.protocol.star import Attend, Met, StarMessage
+from aiockpt.protocol.terms import WireError
 
 __all__ = ["Meetings"]
 

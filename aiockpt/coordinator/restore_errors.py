@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from aiockpt.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -14,16 +12,14 @@ from aiockpt.errors import (
     StepNotFoundError,
     StorageError,
 )
-from aiockpt.protocol.terms import Damage, WireError
+from aiockpt.protocol.terms import Damage, Kind, WireError
 
 __all__ = ["as_exception", "as_wire_error"]
 
 _MOST_CHARACTERS = 2000
 """Of each part of an error that is told; the rank that met it has all of it."""
 
-_Kind = Literal["corrupt", "missing", "misfit", "storage", "config", "cancelled"]
-
-_KINDS: tuple[tuple[type[CheckpointError], _Kind], ...] = (
+_KINDS: tuple[tuple[type[CheckpointError], Kind], ...] = (
     (CheckpointCorruptError, "corrupt"),
     (StepNotFoundError, "missing"),
     (StateMismatchError, "misfit"),

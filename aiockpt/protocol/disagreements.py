@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from aiockpt.protocol.messages import WireError
 from aiockpt.protocol.star import Arguments
+from aiockpt.protocol.terms import WireError
 
 __all__ = [
     "claims_differ",

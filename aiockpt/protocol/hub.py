@@ -14,7 +14,6 @@ import msgspec
 
 from aiockpt.protocol import disagreements
 from aiockpt.protocol.calls import Call, Phase
-from aiockpt.protocol.messages import WireError
 from aiockpt.protocol.orders import CheckPlans, Commit, Compare, Drop, Look, MakeAttempt, Output, Tell
 from aiockpt.protocol.star import (
     Arrive,
@@ -37,6 +36,7 @@ from aiockpt.protocol.star import (
     WantDetails,
     Written,
 )
+from aiockpt.protocol.terms import WireError
 
 __all__ = ["SILENT_RETURN_SECONDS", "Hub"]
 

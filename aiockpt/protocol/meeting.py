@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import msgspec
 
 from aiockpt.protocol import disagreements
-from aiockpt.protocol.messages import WireError
 from aiockpt.protocol.orders import Tell
 from aiockpt.protocol.star import Attend, Met, Recall, StarMessage
+from aiockpt.protocol.terms import WireError
 
 __all__ = ["REMEMBERED", "Guest", "Room"]
 

@@ -40,7 +40,6 @@ __all__ = [
     "Staged",
     "ToHub",
     "TrainerBeat",
-    "WireError",
 ]
 
 MAGIC = "aiockpt"

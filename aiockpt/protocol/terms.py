@@ -6,11 +6,30 @@ from typing import Annotated, Literal
 
 import msgspec
 
-__all__ = ["Count", "Damage", "Seconds", "WireError"]
+__all__ = ["Count", "Damage", "Kind", "Seconds", "WireError"]
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 """A number, offset or size; a negative one is refused when it is decoded, before it can index anything."""
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
+
+
+Kind = Literal[
+    "storage",
+    "memory",
+    "fenced",
+    "exists",
+    "cancelled",
+    "config",
+    "unknown_commit",
+    "internal",
+    "peer",
+    "mismatch",
+    "timeout",
+    "corrupt",
+    "missing",
+    "misfit",
+]
+"""Of an error. The last three are of a restore: a checkpoint is damaged, is not there, does not fit the live state."""
 
 
 class Damage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -26,23 +45,7 @@ class Damage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class WireError(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """An error as data; the coordinator makes the exception from ``kind``."""
 
-    kind: Literal[
-        "storage",
-        "memory",
-        "fenced",
-        "exists",
-        "cancelled",
-        "config",
-        "unknown_commit",
-        "internal",
-        "peer",
-        "mismatch",
-        "timeout",
-        "corrupt",
-        "missing",
-        "misfit",
-    ]
-    """The last three are of a restore: a checkpoint is damaged, is not there, does not fit the live state."""
+    kind: Kind
     what: str
     why: str = ""
     next: str = ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import traceback
-from typing import Literal
 
 from aiockpt.errors import (
     CheckpointError,
@@ -16,16 +15,12 @@ from aiockpt.errors import (
     StepExistsError,
     StorageError,
 )
-from aiockpt.protocol.messages import WireError
+from aiockpt.protocol.terms import Kind, WireError
 from aiockpt.storage.failures import FencedError, storage_error
 
 __all__ = ["as_wire_error", "protocol_error_in"]
 
-_Kind = Literal[
-    "storage", "memory", "fenced", "exists", "cancelled", "config", "unknown_commit", "mismatch", "internal"
-]
-
-_KINDS: tuple[tuple[type[CheckpointError], _Kind], ...] = (
+_KINDS: tuple[tuple[type[CheckpointError], Kind], ...] = (
     (CommitUnknownError, "unknown_commit"),
     (FencedError, "fenced"),  # before its base class
     (StepExistsError, "exists"),

@@ -7,8 +7,8 @@ from typing import Protocol
 
 import anyio
 
-from aiockpt.protocol.messages import WireError
 from aiockpt.protocol.star import Join, StarMessage
+from aiockpt.protocol.terms import WireError
 
 __all__ = ["Party", "Star", "Ticks"]
 

@@ -19,7 +19,6 @@ from aiockpt.protocol.agreeing import Agreement
 from aiockpt.protocol.frames import encode
 from aiockpt.protocol.hub import Hub
 from aiockpt.protocol.meeting import Room
-from aiockpt.protocol.messages import WireError
 from aiockpt.protocol.orders import CheckPlans, Commit, Compare, Drop, Look, MakeAttempt, Order, Output, Tell
 from aiockpt.protocol.star import (
     Answer,
@@ -36,6 +35,7 @@ from aiockpt.protocol.star import (
     StarMessage,
     Welcome,
 )
+from aiockpt.protocol.terms import WireError
 from aiockpt.worker.star import Party, Ticks
 from aiockpt.worker.star_link import HubEnd, StarLink
 

@@ -9,8 +9,8 @@ import random
 import anyio
 
 from aiockpt.protocol.hub import SILENT_RETURN_SECONDS
-from aiockpt.protocol.messages import WireError
 from aiockpt.protocol.star import Leave, MemberBeat, Refused, StarMessage, Welcome
+from aiockpt.protocol.terms import WireError
 from aiockpt.worker.star import Party, Ticks
 from aiockpt.worker.star_link import MemberEnd, StarLink
 

@@ -30,8 +30,8 @@ from aiockpt.protocol.messages import (
     Progress,
     SlotFree,
     Staged,
-    WireError,
 )
+from aiockpt.protocol.terms import WireError
 from aiockpt.storage.claim import RunClaim
 from aiockpt.storage.faults import NO_FAULTS
 from aiockpt.storage.run_directory import Committed as Known

@@ -8,7 +8,8 @@ import pytest
 from aiockpt.coordinator.save_record import SaveRecord
 from aiockpt.errors import ProtocolError, SaveBusyError, SaveCancelledError, StorageError, WorkerExitedError
 from aiockpt.protocol.lifecycle import SaveState
-from aiockpt.protocol.messages import Committed, EndStaging, Failed, Message, SlotFree, WireError
+from aiockpt.protocol.messages import Committed, EndStaging, Failed, Message, SlotFree
+from aiockpt.protocol.terms import WireError
 from tests.coordinator.scripted import Stage
 
 

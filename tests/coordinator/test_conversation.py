@@ -23,7 +23,8 @@ from aiockpt.errors import (
     WorkerExitedError,
 )
 from aiockpt.protocol.lifecycle import SaveState
-from aiockpt.protocol.messages import Committed, EndStaging, Failed, Message, Progress, SlotFree, WireError
+from aiockpt.protocol.messages import Committed, EndStaging, Failed, Message, Progress, SlotFree
+from aiockpt.protocol.terms import WireError
 from tests.coordinator.scripted import Stage
 
 MEANWHILE = st.lists(

@@ -11,8 +11,8 @@ import pytest
 from aiockpt.coordinator import meetings as meetings_module
 from aiockpt.coordinator.meetings import Meetings
 from aiockpt.errors import PeerFailedError
-from aiockpt.protocol.messages import WireError
 from aiockpt.protocol.star import Attend, Met, Recall, StarMessage
+from aiockpt.protocol.terms import WireError
 from tests.coordinator.meeting_hub import ARRIVAL_TIMEOUT, MeetingHub
 from tests.support import PATIENCE_SECONDS
 

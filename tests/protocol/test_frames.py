@@ -25,8 +25,8 @@ from aiockpt.protocol.messages import (
     Message,
     Reserve,
     Staged,
-    WireError,
 )
+from aiockpt.protocol.terms import WireError
 from tests.protocol.examples import EXAMPLES, SAVE_ID
 
 EVERY = pytest.mark.parametrize("message", EXAMPLES.values(), ids=EXAMPLES.keys())

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from aiockpt.protocol.hub import Hub
-from aiockpt.protocol.messages import WireError
 from aiockpt.protocol.orders import CheckPlans, Commit, Compare, Drop, Look, MakeAttempt, Output, Tell
 from aiockpt.protocol.star import (
     Arguments,
@@ -37,6 +36,7 @@ from aiockpt.protocol.star import (
     WantDetails,
     Written,
 )
+from aiockpt.protocol.terms import WireError
 
 DISK_FULL = WireError(kind="storage", what="no space", phase="write")
 NOT_HEARD = WireError(kind="peer", what="its trainer is not heard", phase="stage")

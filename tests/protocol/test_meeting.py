@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from aiockpt.protocol.meeting import REMEMBERED, Guest, Room
-from aiockpt.protocol.messages import WireError
 from aiockpt.protocol.orders import Tell
 from aiockpt.protocol.star import Attend, Met, StarMessage
+from aiockpt.protocol.terms import WireError
 
 BROKEN = WireError(kind="storage", what="broken")
 TIMEOUT = 100.0

@@ -42,8 +42,8 @@ from aiockpt.protocol.messages import (
     Setup,
     SlotFree,
     Staged,
-    WireError,
 )
+from aiockpt.protocol.terms import WireError
 from aiockpt.storage.verify import verify_checkpoint
 from aiockpt.testing.faults import WORKER_ARGUMENT, FaultPlan, FaultRule
 from aiockpt.worker.launch import PACKAGE_PATH, command

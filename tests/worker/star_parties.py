@@ -13,7 +13,6 @@ import anyio
 
 from aiockpt.protocol.agreeing import Pacer
 from aiockpt.protocol.meeting import Guest
-from aiockpt.protocol.messages import WireError
 from aiockpt.protocol.orders import CheckPlans, Commit, Compare, Drop, Look, MakeAttempt
 from aiockpt.protocol.star import (
     Arguments,
@@ -31,6 +30,7 @@ from aiockpt.protocol.star import (
     WantDetails,
     Written,
 )
+from aiockpt.protocol.terms import WireError
 from aiockpt.worker.star import Star
 from aiockpt.worker.star_hub import StarHub
 from aiockpt.worker.star_member import StarMember

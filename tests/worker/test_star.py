@@ -18,8 +18,8 @@ import pytest
 from aiockpt.protocol import proof
 from aiockpt.protocol.agreeing import Pause
 from aiockpt.protocol.frames import encode
-from aiockpt.protocol.messages import WireError
 from aiockpt.protocol.star import Ended, GiveUp, Join, Leave, MemberBeat, Silent
+from aiockpt.protocol.terms import WireError
 from aiockpt.worker import star_link
 from aiockpt.worker.star_hub import StarHub, make_room
 from tests.worker.star_parties import PACKAGE, TOKEN, MemoryClerk, Rank, hub_of, listen, member_of
