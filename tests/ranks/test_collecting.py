@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks.conftest import Start
+from tests.ranks.job import Job
 
 pytestmark = pytest.mark.process
 
@@ -74,7 +75,23 @@ COMMON = """
 
     def full(tensor):
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def check_refused(state, key, *words, ranks=RANKS):
+        try:
+            collect(state, ranks=ranks)
+        except aiockpt.UnsupportedValueError as exc:
+            assert exc.key == key and all(word in str(exc) for word in words), exc
+        else:
+            raise AssertionError("it was taken")
 """
+
+
+def check(start: Start, code: str, run: Path | str = "") -> Job:
+    """Run a job of four ranks, each of which must succeed."""
+    job = start(4, COMMON + code, run)
+    job.check()
+    return job
+
 
 ROUND_TRIP = """
     def make():
@@ -133,17 +150,15 @@ DDP_WRAPPED = "model = DDP(model)"
 )
 def test_a_trained_transformer_comes_back(start: Start, tmp_path: Path, shard: str, undeclared: int) -> None:
     """And trains on bit for bit; memory was made for what its optimizer would have."""
-    job = start(4, COMMON + ROUND_TRIP.replace("SHARD", shard), tmp_path / "run")
-    job.check()
+    job = check(start, ROUND_TRIP.replace("SHARD", shard), tmp_path / "run")
     assert job.out(0) == [str(undeclared)]
 
 
 def test_ddp_stages_each_tensor_on_one_rank(start: Start, tmp_path: Path) -> None:
     """At most the mean and the largest tensor; running statistics, which differ, are those of rank 0."""
-    job = start(
-        4,
-        COMMON
-        + """
+    check(
+        start,
+        """
     torch.manual_seed(0)
     inner = nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.Flatten(), nn.Linear(48, 5))
     model = DDP(inner)
@@ -178,15 +193,13 @@ def test_ddp_stages_each_tensor_on_one_rank(start: Start, tmp_path: Path) -> Non
     """,
         tmp_path / "run",
     )
-    job.check()
 
 
 def test_what_ddp_does_not_keep_equal_is_not_declared(start: Start) -> None:
     """Ignored names, buffers that it does not broadcast, what stands beside it; a subgroup of its own."""
-    job = start(
-        4,
-        COMMON
-        + """
+    check(
+        start,
+        """
     class Outer(nn.Module):
         def __init__(self):
             super().__init__()
@@ -206,26 +219,18 @@ def test_what_ddp_does_not_keep_equal_is_not_declared(start: Start) -> None:
     found = placings(collect({"m": half}, ranks=RANKS))
     assert found["m.weight"] == Sharding((2,), (rank % 2, rank % 2 + 2), ())
     assert found["m.running_mean"] == only_of(rank % 2)
-    try:
-        collect({"m": half}, ranks=Ranks(0, 2, (rank, (rank + 1) % 4)))
-    except aiockpt.UnsupportedValueError as exc:
-        assert exc.key == "m" and "process_group" in exc.next, exc
-    else:
-        raise AssertionError("a rank that does not save was taken")
+    check_refused({"m": half}, "m", "process_group", ranks=Ranks(0, 2, (rank, (rank + 1) % 4)))
     own = aiockpt.PerRank(quiet)
     assert set(placings(collect({"m": own}, ranks=RANKS)).values()) == {PER_RANK}
     """,
-        "",
     )
-    job.check()
 
 
 def test_meshes_count_by_global_ranks_and_plans_by_those_of_the_group(start: Start) -> None:
     """A job of two ranks of four; a mesh with others is refused by name, a mesh of one rank is a plain tensor."""
-    job = start(
-        4,
-        COMMON
-        + """
+    check(
+        start,
+        """
     members = (3, 1)
     mesh, wide = DeviceMesh("cpu", [1, 3]), DeviceMesh("cpu", [0, 1, 2, 3])
     alone = [DeviceMesh("cpu", [number], _init_backend=False) for number in range(4)][rank]
@@ -243,25 +248,17 @@ def test_meshes_count_by_global_ranks_and_plans_by_those_of_the_group(start: Sta
         mine = next(part for part in plan.parts if part.entry == 0)
         assert mine.shape == tuple(tensor._local_tensor.shape) == ((3,) if rank == 1 else (2,))
         for refusing, word in ((ranks, "ranks 0, 2"), (Ranks(0, 1, (rank,)), "alone")):
-            try:
-                collect({"x": {"outside": outside}}, ranks=refusing)
-            except aiockpt.UnsupportedValueError as exc:
-                assert exc.key == "x.outside" and word in exc.why and "process_group" in exc.next, exc
-            else:
-                raise AssertionError("a mesh with other ranks was taken")
+            check_refused({"x": {"outside": outside}}, "x.outside", word, "process_group", ranks=refusing)
         assert placings(collect({"x": lone}, ranks=Ranks(0, 1, (rank,)))) == {"x": UNDECLARED}
     """,
-        "",
     )
-    job.check()
 
 
 def test_shards_without_elements(start: Start, tmp_path: Path) -> None:
     """Tied ones are tied on the ranks too that have nothing of them, and those that are not are not."""
-    job = start(
-        4,
-        COMMON
-        + """
+    check(
+        start,
+        """
     mesh = init_device_mesh("cpu", (4,))
     class Tied(nn.Module):
         def __init__(self):
@@ -288,15 +285,13 @@ def test_shards_without_elements(start: Start, tmp_path: Path) -> None:
     """,
         tmp_path / "run",
     )
-    job.check()
 
 
 def test_what_is_of_each_rank_comes_back_to_it(start: Start, tmp_path: Path) -> None:
     """Values, tensors, generators; a DTensor is nobody's own."""
-    job = start(
-        4,
-        COMMON
-        + """
+    check(
+        start,
+        """
     torch.manual_seed(rank)
     own = aiockpt.PerRank({"position": rank, "history": torch.full((rank + 1,), float(rank)), "path": "x" * rank})
     state = {"own": own, "rng": aiockpt.RNG(), "epoch": 3, "same": torch.ones(4)}
@@ -312,24 +307,17 @@ def test_what_is_of_each_rank_comes_back_to_it(start: Start, tmp_path: Path) -> 
     assert live["own"].value["history"].eq(rank).all()
     assert live["epoch"] == 3 and live["same"].eq(1).all()
     mesh = init_device_mesh("cpu", (4,))
-    try:
-        collect({"own": aiockpt.PerRank(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))}, ranks=RANKS)
-    except aiockpt.UnsupportedValueError as exc:
-        assert exc.key == "own" and "PerRank" in exc.next, exc
-    else:
-        raise AssertionError("a shard was taken for a rank's own")
+    check_refused({"own": aiockpt.PerRank(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))}, "own", "PerRank")
     """,
         tmp_path / "run",
     )
-    job.check()
 
 
 def test_the_stages_of_a_pipeline_are_not_made_one(start: Start) -> None:
     """Each on its slice of a mesh: nothing says that the other slices hold the same, and they do not."""
-    job = start(
-        4,
-        COMMON
-        + """
+    check(
+        start,
+        """
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
     stage = rank // 2
     model = nn.Sequential(collections.OrderedDict({str(stage): nn.Linear(4, 4)}))
@@ -338,17 +326,14 @@ def test_the_stages_of_a_pipeline_are_not_made_one(start: Start) -> None:
     assert set(placings(collected).values()) == {Sharding((2,), (2 * stage, 2 * stage + 1), (Cut(0, 0),))}
     assert len(merged(plans).folders) == 1
     """,
-        "",
     )
-    job.check()
 
 
 def test_shards_that_an_optimizer_owns_are_copied_behind_its_back(start: Start) -> None:
     """Its next step waits for them; a write that does not is found, and named by the whole tensor's name."""
-    job = start(
-        4,
-        COMMON
-        + """
+    check(
+        start,
+        """
     import dataclasses
     from tests.staging.rig import PATIENCE_SECONDS, SMALL, Rig, raw
     mesh = init_device_mesh("cpu", (4,))
@@ -382,17 +367,14 @@ def test_shards_that_an_optimizer_owns_are_copied_behind_its_back(start: Start) 
     assert isinstance(staging.error, aiockpt.TornSnapshotError) and staging.error.keys == ("model.embed.weight",)
     rig.close()
     """,
-        "",
     )
-    job.check()
 
 
 def test_a_replica_that_drifted_is_probed_on_every_rank(start: Start) -> None:
     """DDP: all ranks but one agree, within eight saves, whoever writes the tensor. HSDP: among those of one shard."""
-    job = start(
-        4,
-        COMMON
-        + """
+    check(
+        start,
+        """
     from aiockpt.planning.local import PlanCache
     from aiockpt.staging.probes import Prober
 
@@ -427,6 +409,4 @@ def test_a_replica_that_drifted_is_probed_on_every_rank(start: Start) -> None:
         sharded.head.weight._local_tensor.add_(1)
     assert differing({"model": sharded}) == ({"model.head.weight"} if rank % 2 else set())
     """,
-        "",
     )
-    job.check()

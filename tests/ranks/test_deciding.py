@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import aiockpt
 from tests.ranks.conftest import Start
+from tests.ranks.scripts import SMALL, errors
 
 pytestmark = pytest.mark.process
-
-COMMON = """
-    from tests.ranks.at_rank import *
-    state = {"own": own(rank), "same": torch.arange(100.0), "progress": {"epoch": 3}}
-"""
-
-
-def errors(told: list[Any]) -> list[str]:
-    """Return what each rank got, by the error's name."""
-    return [one["error"] if isinstance(one, dict) else one for one in told]
 
 
 def test_one_slot_is_taken(start: Start, tmp_path: Path) -> None:
@@ -28,7 +18,7 @@ def test_one_slot_is_taken(start: Start, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = start(
         4,
-        COMMON
+        SMALL
         + """
     with checkpointer(args[0]) as ckpt:
         ckpt.save(0, state).result()
@@ -79,7 +69,7 @@ def test_ranks_that_differ(start: Start, tmp_path: Path) -> None:
     """A save that is not the same on all ranks fails on all, with an error that says so; the next one works."""
     job = start(
         4,
-        COMMON
+        SMALL
         + """
     with checkpointer(args[0]) as ckpt:
         ckpt.save(0, state).result()
@@ -139,7 +129,7 @@ def test_ranks_that_come_late_or_not(start: Start, tmp_path: Path) -> None:
     """A long evaluation is no error; not to come at all is one, in time; and nothing is lost by it."""
     job = start(
         4,
-        COMMON
+        SMALL
         + """
     import time
     with checkpointer(args[0], stall_timeout=1, arrival_timeout=5) as ckpt:
@@ -176,7 +166,7 @@ def test_a_call_more_on_one_rank(start: Start, tmp_path: Path) -> None:
     """Calls are numbered, so one that the others did not make is found at the next; what stands, stands."""
     job = start(
         2,
-        COMMON
+        SMALL
         + """
     with checkpointer(args[0]) as ckpt:
         ckpt.save(0, state).result()
@@ -201,7 +191,7 @@ def test_collectives_of_the_training(start: Start, tmp_path: Path) -> None:
     """None of ours ever runs on the training's group, so none interleaves with its own while saves are under way."""
     job = start(
         4,
-        COMMON
+        SMALL
         + """
     from torch.distributed import distributed_c10d
     group = distributed_c10d._get_default_group()

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import aiockpt
 from tests.ranks.conftest import Start
+from tests.ranks.scripts import SMALL, errors
 from tests.support import attempts
 
 pytestmark = pytest.mark.process
 
-COMMON = """
-    from tests.ranks.at_rank import *
-    state = {"own": own(rank), "same": torch.arange(100.0), "progress": {"epoch": 3}}
-"""
-
 PROMPT_SECONDS = 5.0
 """For what is promised within 1 s on a machine that has nothing else to do; the time-outs of these jobs are 60 s."""
-
-
-def errors(told: list[Any]) -> list[Any]:
-    """Return what each rank got, by the error's name."""
-    return [one["error"] if isinstance(one, dict) else one for one in told]
 
 
 def test_workers_that_are_killed(start: Start, tmp_path: Path) -> None:
@@ -33,7 +23,7 @@ def test_workers_that_are_killed(start: Start, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = start(
         4,
-        COMMON
+        SMALL
         + """
     with checkpointer(
         args[0],
@@ -76,7 +66,7 @@ def test_a_rank_without_a_worker(start: Start, tmp_path: Path) -> None:
     """It says so before it goes: the next save fails on the others at once, by name, and so does each later one."""
     job = start(
         4,
-        COMMON
+        SMALL
         + """
     policy = aiockpt.RestartPolicy(tries=0)
     with checkpointer(args[0], restart=policy if rank == 2 else aiockpt.RestartPolicy()) as ckpt:
@@ -108,7 +98,7 @@ def test_a_worker_that_stands_still(victim: int, start: Start, tmp_path: Path) -
     """It is replaced after ``stall_timeout``, its rank is named in the log, and the save is made again."""
     job = start(
         4,
-        COMMON
+        SMALL
         + """
     import logging
     logging.basicConfig(level=logging.INFO)
@@ -140,7 +130,7 @@ def test_a_trainer_that_dies_before_it_is_staged(victim: int, start: Start, tmp_
     run = tmp_path / "run"
     job = start(
         4,
-        COMMON
+        SMALL
         + """
     victim = args[1]
     dying = (rule("trainer.begin_sent", "kill", nth=2),) if rank == victim else ()
@@ -177,7 +167,7 @@ def test_a_trainer_that_dies_behind_its_staging(victim: int, start: Start, tmp_p
     run = tmp_path / "run"
     job = start(
         4,
-        COMMON
+        SMALL
         + """
     import os
     victim = args[1]
@@ -211,7 +201,7 @@ def test_errors_of_one_rank(start: Start, tmp_path: Path) -> None:
     """A full disk, a file that was torn, a state that was written to: told by name, and the next save works."""
     job = start(
         4,
-        COMMON
+        SMALL
         + """
     import errno
     faults = {
@@ -272,7 +262,7 @@ def test_rank_0_closes_early(start: Start, tmp_path: Path) -> None:
     """The others are told at once that it has left, and why that ends their saving."""
     job = start(
         3,
-        COMMON
+        SMALL
         + """
     with checkpointer(args[0]) as ckpt:
         ckpt.save(0, state).result()
@@ -302,7 +292,7 @@ def test_a_hub_that_is_gone(start: Start, tmp_path: Path) -> None:
     """With rank 0's host nothing is saved any more; each save says so in time, and training goes on."""
     job = start(
         3,
-        COMMON
+        SMALL
         + """
     import os
     ckpt = checkpointer(args[0], start_timeout=5)

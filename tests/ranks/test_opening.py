@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import aiockpt
 from tests.ranks.conftest import Start
+from tests.ranks.scripts import SMALL, errors
 from tests.support import wait_until
 
 pytestmark = pytest.mark.process
-
-COMMON = """
-    from tests.ranks.at_rank import *
-    state = {"own": own(rank), "same": torch.arange(100.0), "progress": {"epoch": 3}}
-"""
 
 START_SECONDS = 4.0
 """The ``start_timeout`` of jobs that cannot open."""
 PROMPT_SECONDS = 15.0
 """Within which they must have said so; without a word of the rank that failed it would be 60 s and more."""
-
-
-def errors(told: list[Any]) -> list[Any]:
-    """Return what each rank got, by the error's name."""
-    return [one["error"] if isinstance(one, dict) else one for one in told]
 
 
 def files(checkpoint: Path) -> list[str]:
@@ -39,7 +29,7 @@ def test_groups(start: Start, tmp_path: Path) -> None:
     """The default group, a subgroup, ranks alone, two runs at once, and one run again: each is a job of its own."""
     job = start(
         4,
-        COMMON
+        SMALL
         + """
     import os
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "192.0.2.1", "1"  # not ours: we bind what we publish
@@ -82,7 +72,7 @@ def test_a_job_of_one(start: Start, tmp_path: Path) -> None:
     """It is no job at all: there is no star, and the files are those of one trainer."""
     job = start(
         1,
-        COMMON
+        SMALL
         + """
     with checkpointer(args[0]) as ckpt:
         say("save", of(ckpt.save(0, state).result))
@@ -108,7 +98,7 @@ def test_a_store_that_outlives_jobs(start: Start, tmp_path: Path) -> None:
     )
     port = wait_until(lambda: keeper.out(0), "the store")[0]
     code = (
-        COMMON
+        SMALL
         + """
     from torch.distributed import distributed_c10d
     group = distributed_c10d._get_default_group()
@@ -148,7 +138,7 @@ def test_a_run_that_rank_0_cannot_take(late: bool, start: Start, tmp_path: Path)
     (tmp_path / "run").write_text("a file")
     job = start(
         4,
-        COMMON
+        SMALL
         + """
     import threading
     ckpt = checkpointer(args[0], start_timeout=args[2])
@@ -200,7 +190,7 @@ def test_a_worker_that_does_not_start(victim: int, start: Start, tmp_path: Path)
     """All are told, and which rank it is."""
     job = start(
         4,
-        COMMON
+        SMALL
         + """
     victim = args[1]
     dies = [rule("worker.started", "kill")] if rank == victim else []
@@ -234,7 +224,7 @@ def test_a_run_that_is_not_shared(start: Start, tmp_path: Path) -> None:
         (tmp_path / f"host-{rank // 3}").mkdir(exist_ok=True)
     job = start(
         4,
-        COMMON
+        SMALL
         + """
     import os
     os.chdir(args[0] + f"/host-{rank // 3}")
@@ -261,7 +251,7 @@ def test_strangers_at_the_port(start: Start, tmp_path: Path) -> None:
     """Garbage, silence, a wrong token, another version: refused and logged, and the job saves on."""
     job = start(
         3,
-        COMMON
+        SMALL
         + """
     import logging, socket, anyio
     from aiockpt.protocol.star import Join
@@ -327,7 +317,7 @@ def test_a_hundred_first_saves_at_once(start: Start, tmp_path: Path) -> None:
     """They make one worker and one star: nothing is started by a save."""
     job = start(
         4,
-        COMMON
+        SMALL
         + """
     import os, pathlib, threading
     from aiockpt.errors import UsageError

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.ranks.conftest import Start
+from tests.ranks.scripts import errors
 
 pytestmark = pytest.mark.process
 
@@ -32,11 +32,6 @@ COMMON = """
     def file_of(step, rank):
         return run / f"step-{step}/own/model-{rank + 1:05}-of-{world:05}.safetensors"
 """
-
-
-def errors(told: list[Any]) -> list[Any]:
-    """Return what each rank got, by the error's name."""
-    return [one["error"] if isinstance(one, dict) else one for one in told]
 
 
 def test_what_is_bad_is_passed_over_by_all(start: Start, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import aiockpt
 from tests.ranks.conftest import Start
+from tests.ranks.scripts import SMALL
 
 pytestmark = pytest.mark.process
 
@@ -16,9 +17,9 @@ STALL_SECONDS = 2.0
 LATEST_SECONDS = STALL_SECONDS + 10.0
 """``arrival_timeout`` is 600 s in these jobs."""
 
-COMMON = f"""
-    from tests.ranks.at_rank import *
-    state = {{"own": own(rank), "same": torch.arange(100.0)}}
+COMMON = (
+    SMALL
+    + f"""
     victim = args[1]
     trainers = pids_of_trainers()
     waker = min({{0, 1}} - {{victim}})
@@ -28,6 +29,7 @@ COMMON = f"""
         if rank == waker:
             wake(trainers[victim])
 """
+)
 
 
 def check_named(told: list[Any], victim: int, phase: str) -> None:
