@@ -8,6 +8,7 @@ import resource
 import socket
 import struct
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from aiockpt.protocol.star import Ended, GiveUp, Join, Leave, MemberBeat, Silent
 from aiockpt.protocol.terms import WireError
 from aiockpt.worker import star_link
 from aiockpt.worker.star_hub import StarHub, make_room
+from aiockpt.worker.star_link import StarLink
 from tests.worker.star_parties import PACKAGE, TOKEN, MemoryClerk, Rank, hub_of, listen, member_of
 
 pytestmark = pytest.mark.process  # for the check that no descriptor is left
@@ -70,6 +72,14 @@ class Star:
     async def outcome(self, n: int) -> list[Ended]:
         await until(lambda: all(n in rank.ended for rank in self.ranks))
         return [rank.ended[n] for rank in self.ranks]
+
+
+async def until_gone(address: tuple[str, int], rank: Rank, **options: Any) -> None:
+    """Have a member try until it is told that no hub came in time."""
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(member_of(address, rank, return_timeout=0.3, stall_timeout=0.6, **options).run)
+        await until(lambda: rank.gone_for)
+        tasks.cancel_scope.cancel()
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -197,23 +207,40 @@ def test_a_silent_member_is_lost_and_fails_the_save() -> None:
     run(2, alone, stall_timeout=0.6, return_timeout=0.3)
 
 
-def test_beats_keep_ranks_that_say_nothing() -> None:
+@pytest.fixture
+def words(monkeypatch: pytest.MonkeyPatch) -> Counter[StarLink]:
+    """Count how often each end of a connection was spoken to."""
+    found: Counter[StarLink] = Counter()
+    receive = StarLink.data_received
+
+    def count(self: StarLink, data: bytes) -> None:
+        found[self] += 1
+        receive(self, data)
+
+    monkeypatch.setattr(StarLink, "data_received", count)
+    return found
+
+
+def test_beats_keep_ranks_that_say_nothing(words: Counter[StarLink]) -> None:
     async def body(star: Star) -> None:
         await star.all_in()
-        await anyio.sleep(1.0)  # five times the silence that ends a connection
+        words.clear()
+        # Six beats are as long as the silence that ends a connection.
+        await until(lambda: len(words) == 4 and min(words.values()) >= 30)
         assert [len(rank.welcomes) for rank in star.ranks] == [1, 1, 1]
         assert not any(rank.lost_for for rank in star.ranks)
 
     run(3, body, stall_timeout=0.2)
 
 
-def test_who_was_stopped_drops_nobody() -> None:
+def test_who_was_stopped_drops_nobody(words: Counter[StarLink]) -> None:
     """A turn of its loop that took long counts for a short one."""
 
     async def body(star: Star) -> None:
         await star.all_in()
         threading.Event().wait(0.6)  # the whole loop stands
-        await anyio.sleep(0.05)
+        words.clear()
+        await until(lambda: len(words) == 4)  # each end has counted its turn, and beaten
         assert not any(rank.lost_for for rank in star.ranks)
 
     run(3, body, stall_timeout=0.3)
@@ -425,8 +452,7 @@ def test_a_second_worker_of_a_rank_replaces_the_first() -> None:
 def test_a_member_with_another_token_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
     async def body(star: Star) -> None:
         rank = Rank(1, 2)
-        with anyio.move_on_after(0.5):
-            await member_of(star.address, rank, token=b"another", return_timeout=0.1, stall_timeout=0.6).run()
+        await until_gone(star.address, rank, token=b"another")
         assert not rank.welcomes
         assert rank.gone_for[0].why == "it does not take our token"
         await works(star)
@@ -558,8 +584,7 @@ def test_a_member_does_not_fall_for_somebody_elses_port(said: bytes) -> None:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(listener.serve, serve)
                 rank = Rank(1, 2)
-                with anyio.move_on_after(0.4):
-                    await member_of(("127.0.0.1", port), rank, return_timeout=0.1, stall_timeout=0.6).run()
+                await until_gone(("127.0.0.1", port), rank)
                 tasks.cancel_scope.cancel()
         assert not rank.welcomes
         assert rank.gone_for
@@ -587,8 +612,7 @@ def test_a_hub_that_took_the_port_over_learns_and_gets_nothing() -> None:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(listener.serve, serve)
                 rank = Rank(1, 2)
-                with anyio.move_on_after(0.4):
-                    await member_of(("127.0.0.1", port), rank, return_timeout=0.1, stall_timeout=0.6).run()
+                await until_gone(("127.0.0.1", port), rank)
                 tasks.cancel_scope.cancel()
         assert rank.gone_for[0].why == "it does not know the token of this job"
         assert not after
