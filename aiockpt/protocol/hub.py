@@ -43,7 +43,8 @@ __all__ = ["SILENT_RETURN_SECONDS", "Hub"]
 
 SILENT_RETURN_SECONDS = 5.0
 """For the next worker of a rank that was silent, in place of ``return_timeout``: it starts in less than one, and in two
-or three on a host that is busy."""
+or three on a host that is busy. Likewise for a trainer that was silent when a call began: it may just have gone on, and
+others may know that before the hub does."""
 _REMEMBERED = 1024
 """Outcomes that are kept, for members that come late: one that is further behind is not missed but lost."""
 
@@ -197,13 +198,14 @@ class Hub:
         if error is not None:
             self._silent[rank] = msgspec.structs.replace(error, rank=rank)
             for call in self._open():
-                self._fail_without_trainer(call)
+                if rank in self._silent_for(call):
+                    self._fail(call, self._silent[rank], rank=rank, phase="save")
 
-    def _fail_without_trainer(self, call: Call) -> None:
-        """End a save that a rank has not called whose trainer is not heard; of one that has, its worker decides."""
-        silent = min(self._silent.keys() - call.arrived, default=None)
-        if silent is not None and call.phase is Phase.OPEN:  # else ``made`` comes back to it
-            self._fail(call, self._silent[silent], rank=silent, phase="save")
+    def _silent_for(self, call: Call) -> set[int]:
+        """Return who is not heard and has not called this save; of who has called it, its worker decides."""
+        if call.phase is not Phase.OPEN:  # what is looked for may stand; ``tick`` comes back to it
+            return set()
+        return self._silent.keys() - call.arrived
 
     def _decide_early(self, now: float) -> None:
         if not self._waiting_for_all or self._away:
@@ -241,8 +243,10 @@ class Hub:
         self._forget_old(arrive.n)
         arguments = arrive.arguments
         verdict: Verdict = "take"
-        # A rank that joined in the midst of this very call has its slot for it.
-        is_taken = arrive.is_busy or any(n < arrive.n for n in self._owed)
+        # A rank that joined in the midst of this very call has its slot for it. A trainer that is not heard cannot give
+        # its slot back: that is to be said, and not to be skipped.
+        taken = (ranks - self._silent.keys() for n, ranks in self._owed.items() if n < arrive.n)
+        is_taken = arrive.is_busy or any(taken)
         if arguments.when_busy != "wait" and is_taken:
             verdict = "skip" if arguments.when_busy == "skip" else "busy"
         call = Call(arrive.n, arguments, rank, now, verdict)
@@ -262,9 +266,6 @@ class Hub:
         elif self._gone:
             gone = min(self._gone)
             call.ended = Ended(n=call.n, error=disagreements.gone(gone, self._gone[gone]))
-        elif others := self._silent.keys() - {rank}:
-            error = msgspec.structs.replace(self._silent[min(others)], phase="save")
-            call.ended = Ended(n=call.n, error=error)
         elif verdict == "take" and arrive.refused is None:
             self._owed[call.n] = set(range(self._world))
             call.phase, call.save_id = Phase.MAKING, self._new_id()
@@ -367,7 +368,6 @@ class Hub:
         else:
             call.phase = Phase.OPEN
             self._tell_verdict(call, tuple(sorted(call.arrived)))
-            self._fail_without_trainer(call)
         return self._take()
 
     def checked(
@@ -436,6 +436,8 @@ class Hub:
                     rank=missing[0],
                     phase="save",
                 )
+            elif elapsed >= SILENT_RETURN_SECONDS and (silent := self._silent_for(call)):
+                self._fail(call, self._silent[min(silent)], rank=min(silent), phase="save")
         return self._take()
 
     def next_deadline(self) -> float | None:
@@ -450,6 +452,8 @@ class Hub:
                 found.append(call.first_at + call.arguments.timeout)
             if self._arrival_timeout is not None and len(call.arrived) < self._world:
                 found.append(call.first_at + self._arrival_timeout)
+            if self._silent_for(call):
+                found.append(call.first_at + SILENT_RETURN_SECONDS)
         return min(found, default=None)
 
     # ---- inside

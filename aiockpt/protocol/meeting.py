@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from aiockpt.protocol import disagreements
+from aiockpt.protocol.hub import SILENT_RETURN_SECONDS
 from aiockpt.protocol.orders import Tell
 from aiockpt.protocol.star import Attend, Met, Recall, StarMessage
 from aiockpt.protocol.terms import WireError
@@ -89,14 +90,18 @@ class Room:
             gone: By rank: why it takes part in nothing any more.
             silent: By rank: what is to be said of its trainer, which is not heard now.
         """
+        news = silent.keys() - self._silent.keys()
         self._gone, self._silent = dict(gone), dict(silent)
         self._unheard -= self._gone.keys()
         if self._early and self._is_late(self._first_early(), now):
             self._unheard.clear()
         out = self._decide_early()
         for name, meeting in list(self._open.items()):
-            if (missed := self._someone_missed(meeting)) is not None:
-                out += self._fail(name, missed)
+            missing = self._silent.keys() - meeting.attended
+            if self._gone:
+                out += self._fail(name, self._someone_gone())
+            elif missing and (missing & news or now - meeting.first_at >= SILENT_RETURN_SECONDS):
+                out += self._fail(name, self._silent[min(missing & news or missing)])
             elif self._is_late(meeting.first_at, now):
                 out += self._fail(name, self._not_met(name, meeting))
         return out
@@ -134,8 +139,8 @@ class Room:
             return self._fail(name, msgspec.structs.replace(message.error, rank=rank))
         if message.claim != meeting.claim:
             return self._fail(name, disagreements.claims_differ(meeting.first_rank, meeting.claim, rank, message.claim))
-        if (missed := self._someone_missed(meeting)) is not None:
-            return self._fail(name, missed)
+        if self._gone:
+            return self._fail(name, self._someone_gone())
         if len(meeting.attended) == self._world:
             return self._end(Met(meeting=name, word=meeting.word))
         return []
@@ -145,13 +150,9 @@ class Room:
         missing = sorted(set(range(self._world)) - meeting.attended)
         return disagreements.not_met(name, meeting.first_rank, missing, self._arrival_timeout)
 
-    def _someone_missed(self, meeting: _Meeting) -> WireError | None:
-        """Return of whom nobody can say that it comes, if there is one; who has come may be silent."""
-        if self._gone:
-            rank = min(self._gone)
-            return msgspec.structs.replace(disagreements.gone(rank, self._gone[rank]), rank=rank)
-        silent = min(self._silent.keys() - meeting.attended, default=None)
-        return None if silent is None else self._silent[silent]
+    def _someone_gone(self) -> WireError:
+        rank = min(self._gone)
+        return msgspec.structs.replace(disagreements.gone(rank, self._gone[rank]), rank=rank)
 
     def _fail(self, name: str, error: WireError) -> list[Tell]:
         return self._end(Met(meeting=name, error=error))

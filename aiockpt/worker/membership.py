@@ -65,7 +65,7 @@ class Membership:
         self._send = send
         self._ends: deque[EndedCall] = deque(enlist.ended_calls, _TOLD_ENDS)
         self._slot_of = enlist.slot_of
-        self._last_step: int | None = None
+        self._last_step = next((save.begin.step for save in saves()), None)
         """Of the save that the trainer began last."""
         self._silent: WireError | None = None
         """What the others are told of the trainer while it is not heard."""

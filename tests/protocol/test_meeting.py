@@ -10,12 +10,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from aiockpt.protocol.hub import SILENT_RETURN_SECONDS
 from aiockpt.protocol.meeting import REMEMBERED, Guest, Room
 from aiockpt.protocol.orders import Tell
 from aiockpt.protocol.star import Attend, Met, StarMessage
 from aiockpt.protocol.terms import WireError
 
 BROKEN = WireError(kind="storage", what="broken")
+NOT_HEARD = WireError(kind="peer", what="its trainer is not heard", rank=1)
 TIMEOUT = 100.0
 
 
@@ -196,26 +198,33 @@ def test_a_rank_that_is_gone_ends_what_is_open_and_what_begins(has_come: bool) -
 
 
 def test_a_rank_whose_trainer_is_silent_ends_what_it_has_not_come_to() -> None:
-    """What it has come to goes on without a word of it, and once it is heard again nothing is left of that."""
+    """What waits for it at once, what begins in a little; what it has come to, or comes to in time, goes on."""
     job = Job(2)
-    job.members[1].attend("a")
-    job.settle()
-    job.silent = {1: WireError(kind="peer", what="not heard", rank=1)}
-    job.tick()
-    job.members[0].attend("a")
-    job.settle()
-    assert job.end_of("a").error is None
-    job.members[0].attend("b")
-    job.settle()
-    job.members[1].attend("b")
-    job.settle()
-    assert job.end_of("b").error == job.silent[1]
-    job.silent = {}
-    job.tick()
-    for member in job.members:
-        member.attend("c")
-    job.settle()
-    assert job.end_of("c").error is None
+
+    def attend(rank: int, meeting: str) -> None:
+        job.members[rank].attend(meeting)
+        job.settle()
+
+    def hear(silent: dict[int, WireError], seconds: float = 0.0) -> None:
+        job.silent = silent
+        job.tick(seconds)
+        job.settle()
+
+    attend(1, "a")
+    hear({1: NOT_HEARD})
+    attend(0, "a")
+    attend(0, "b")
+    hear({1: NOT_HEARD})
+    assert "b" not in job.members[0].ends
+    hear({1: NOT_HEARD}, SILENT_RETURN_SECONDS)
+    attend(0, "c")
+    hear({})
+    attend(1, "b")
+    attend(1, "c")
+    attend(0, "d")
+    hear({1: NOT_HEARD})
+    attend(1, "d")
+    assert [job.end_of(meeting).error for meeting in "abcd"] == [None, NOT_HEARD, None, NOT_HEARD]
 
 
 def test_a_worker_that_comes_back_hears_what_it_missed() -> None:

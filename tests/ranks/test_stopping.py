@@ -14,7 +14,7 @@ from tests.ranks.scripts import SMALL
 pytestmark = pytest.mark.process
 
 STALL_SECONDS = 2.0
-LATEST_SECONDS = STALL_SECONDS + 10.0
+LATEST_SECONDS = STALL_SECONDS + 15.0
 """``arrival_timeout`` is 600 s in these jobs."""
 
 COMMON = (
@@ -86,11 +86,15 @@ def test_while_it_copies(victim: int, start: Start, tmp_path: Path) -> None:
         4,
         COMMON
         + """
-    stops = (rule("trainer.copied", "stall", nth=2),) if rank == victim else ()
-    with checkpointer(args[0], trainer_faults=stops, **options) as ckpt:
+    held = (rule("trainer.copied", "delay", seconds=5, nth=2),) if rank == victim else ()
+    with checkpointer(args[0], trainer_faults=held, **options) as ckpt:
         ckpt.save(0, state).result()
         dist.barrier()
-        say("save", seconds_of(lambda: ckpt.save(1, state).result()))
+        save = ckpt.save(1, state)
+        if rank == victim:
+            wait_until(lambda: save._record.begin.call.opened, "the hub's answer")
+            stop_here()
+        say("save", seconds_of(save.result))
         wake_victim()
         dist.barrier()
         say("after", of(ckpt.save(2, state).result))
