@@ -133,6 +133,7 @@ def test_a_trainer_that_dies_before_it_is_staged(victim: int, start: Start, tmp_
         SMALL
         + """
     victim = args[1]
+    others = dist.new_group([other for other in range(world) if other != victim])
     dying = (rule("trainer.begin_sent", "kill", nth=2),) if rank == victim else ()
     ckpt = checkpointer(args[0], trainer_faults=dying)
     ckpt.open()
@@ -141,6 +142,7 @@ def test_a_trainer_that_dies_before_it_is_staged(victim: int, start: Start, tmp_
     save = ckpt.save(1, state)
     say("save", seconds_of(save.result))
     say("later", seconds_of(lambda: ckpt.save(2, state).result()))
+    dist.barrier(others)  # else who comes last hears that rank 0 has left
     say("close", seconds_of(ckpt.close))
     end()
     """,
@@ -171,6 +173,7 @@ def test_a_trainer_that_dies_behind_its_staging(victim: int, start: Start, tmp_p
         + """
     import os
     victim = args[1]
+    others = dist.new_group([other for other in range(world) if other != victim])
     ckpt = checkpointer(args[0])
     ckpt.open()
     ckpt.save(0, state).result()
@@ -181,6 +184,7 @@ def test_a_trainer_that_dies_behind_its_staging(victim: int, start: Start, tmp_p
         kill(os.getpid())
     say("save", of(save.result))
     say("later", of(lambda: ckpt.save(2, state).result()))
+    dist.barrier(others)  # else who comes last hears that rank 0 has left
     ckpt.close()
     end()
     """,
