@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import signal
 import socket
 import subprocess
-import threading
 from collections import deque
 from collections.abc import Iterator
 
 import anyio
 
 from aiockpt.errors import WorkerStartError
+from aiockpt.process_ends import collect, collect_later, wait_channel
 from aiockpt.worker.launch import command
 
-__all__ = ["WorkerProcess", "describe_exit"]
+__all__ = ["WorkerProcess"]
 
 _log = logging.getLogger("aiockpt.worker")
 
@@ -132,10 +131,10 @@ class WorkerProcess:
                 "worker %d is left behind\nwhy: it waits in the kernel (%s) and SIGKILL does not reach it\n"
                 "next: look at the disk or file system of the run",
                 self.pid,
-                _wait_channel(self.pid),
+                wait_channel(self.pid),
             )
             return False
-        self._collect(self.pidfd)
+        self.exit_status = collect(self._popen, self.pidfd)
         return True
 
     def reap_later(self) -> None:
@@ -144,25 +143,7 @@ class WorkerProcess:
         The pidfd becomes the thread's. The worker ends by itself, at the latest after its linger time.
         """
         pidfd, self.pidfd = self.pidfd, -1
-
-        def collect() -> None:
-            end = select.poll()
-            end.register(pidfd, select.POLLIN)
-            end.poll()
-            self._collect(pidfd)
-            os.close(pidfd)
-
-        threading.Thread(target=collect, name="aiockpt-reaper", daemon=True).start()
-
-    def _collect(self, pidfd: int) -> None:
-        try:
-            status = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
-        except ChildProcessError:
-            status = None  # the program ignores SIGCHLD, or waited for it itself
-        if status is not None:
-            exited = status.si_code == os.CLD_EXITED
-            self.exit_status = status.si_status if exited else -status.si_status
-        self._popen.returncode = self.exit_status or 0  # Popen must not wait for a pid that is no longer ours
+        collect_later(self._popen, pidfd)
 
     def close(self) -> None:
         """Close pidfd and stderr; the socket is the link's."""
@@ -173,20 +154,6 @@ class WorkerProcess:
             self._stderr = None
 
 
-def describe_exit(status: int | None) -> str:
-    """Return an exit status in words."""
-    if status is None:
-        return "it ended, and the program's own SIGCHLD handling took its exit status"
-    if status < 0:
-        try:
-            name = signal.Signals(-status).name
-        except ValueError:
-            name = f"signal {-status}"
-        hint = ", as the kernel does when memory runs out" if status == -signal.SIGKILL else ""
-        return f"it was ended by {name}{hint}"
-    return f"it exited with status {status}"
-
-
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
     """Let a child start with the signals blocked that it will ignore; it clears the mask itself once it does."""
@@ -195,11 +162,3 @@ def _signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _wait_channel(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/wchan", encoding="ascii", errors="replace") as file:
-            return file.read().strip() or "unknown"
-    except OSError:
-        return "unknown"

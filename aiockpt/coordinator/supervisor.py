@@ -11,7 +11,7 @@ import anyio
 
 from aiockpt import __version__
 from aiockpt.config import Options
-from aiockpt.coordinator.process import WorkerProcess, describe_exit
+from aiockpt.coordinator.process import WorkerProcess
 from aiockpt.coordinator.restarts import RestartBudget
 from aiockpt.coordinator.spans import NO_SPAN, OpenSpan, Spans
 from aiockpt.errors import (
@@ -23,6 +23,7 @@ from aiockpt.errors import (
     WorkerExitedError,
     WorkerStartError,
 )
+from aiockpt.process_ends import describe_exit
 from aiockpt.protocol.frames import check_hello
 from aiockpt.protocol.messages import (
     MAGIC,
