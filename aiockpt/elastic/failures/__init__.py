@@ -1,0 +1,1 @@
+"""How children fail: error files, causes, who is to blame, and the report."""
