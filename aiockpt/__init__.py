@@ -7,11 +7,13 @@ the checkpoint worker and the command line stay small.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
 from aiockpt._version import __version__
 
+TYPE_CHECKING = False  # that of typing, whose import the guardian of ``aiockpt.elastic`` does not wait for
 if TYPE_CHECKING:
+    from typing import Any
+
     from aiockpt import blocking
     from aiockpt.checkpointer import Checkpointer, Save, load, restore, steps
     from aiockpt.config import Every, Latest, RestartPolicy

@@ -10,7 +10,7 @@ import sys
 import aiockpt
 from aiockpt.errors import WorkerStartError
 
-__all__ = ["BOOT", "PACKAGE_PATH", "command"]
+__all__ = ["BOOT", "PACKAGE_PATH", "command", "import_path", "standard_library"]
 
 PACKAGE_PATH = os.path.realpath(os.path.dirname(aiockpt.__file__))
 """Directory of this package; both ends of the wire compare it."""
@@ -48,19 +48,24 @@ def command(socket_fd: int, trainer_pidfd: int, *, faults: tuple[str, str] | Non
             why="sys.executable is empty: this program embeds Python without saying where its executable is",
             next="set sys.executable to a Python that has aiockpt",
         )
-    options = {"path": _import_path(), "faults": faults}
+    options = {"path": import_path(), "faults": faults}
     # -P: a file random.py in the working directory must not be imported by the child.
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing does
     return [sys.executable, "-P", *flags, "-c", BOOT, str(socket_fd), str(trainer_pidfd), json.dumps(options)]
 
 
-def _import_path() -> list[str]:
+def standard_library() -> list[str]:
+    """Return where this interpreter has its standard library."""
+    library = os.path.dirname(os.__file__)
+    return [library, os.path.join(library, "lib-dynload")]
+
+
+def import_path() -> list[str]:
     """Return the trainer's ``sys.path``, absolute, with the standard library first.
 
     The child has another working directory. The standard library comes first for the reason of ``-P``: a script's
     folder stands before it in the trainer, whose standard modules were imported before that mattered.
     """
     entries = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
-    library = os.path.dirname(os.__file__)
-    standard = {library, os.path.join(library, "lib-dynload")}
+    standard = standard_library()
     return sorted(dict.fromkeys(entries), key=lambda entry: entry not in standard)
