@@ -51,6 +51,7 @@ from aiockpt.worker.rank_save import RankSave
 from aiockpt.worker.run import Run
 from aiockpt.worker.save import Save, Surroundings, check_begin
 from aiockpt.worker.single_save import SingleSave
+from aiockpt.worker.spared import Spared
 from aiockpt.worker.sweeper import Sweeper
 from aiockpt.worker.trainer_watch import TrainerWatch
 from aiockpt.worker.writer import DEFAULT_WRITERS
@@ -105,6 +106,7 @@ class _Service:
         self._arena: ArenaMap | None = None
         self._is_reserving = False
         self._saves: dict[str, Save] = {}
+        self._spared = Spared(None)
         self._membership: Membership | None = None
         self._trainer: TrainerWatch | None = None
         self._taking_part = anyio.CancelScope()
@@ -246,6 +248,8 @@ class _Service:
     async def _run_save(self, save: Save) -> None:
         await save.run()
         del self._saves[save.save_id]
+        if not any(other.is_staged for other in self._saves.values()):
+            self._spared.let_go()
 
     async def _close(self) -> None:
         await self._finish_saves()
@@ -351,6 +355,7 @@ class _Service:
         if setup is None or setup.beat_interval <= 0:
             raise ProtocolError("the trainer's Hello has no setup, or one that cannot be")
         self._setup = setup
+        self._spared = Spared(setup.linger_timeout)
         self._tasks.start_soon(self._open_run, setup)
 
     def _begin_reserving(self, message: Reserve) -> None:
@@ -416,6 +421,7 @@ class _Service:
             case Staged():
                 save.staged(message)
             case EndStaging():
+                self._spared.ask()  # before the trainer hears that its save is safe with us
                 save.end_staging(message)
             case Cancel(error=error, is_unheard=is_unheard):
                 if isinstance(save, RankSave) and is_unheard and not self._was_in:
