@@ -48,7 +48,7 @@ def make_parser() -> Parser:
     """Return the parser of the whole command line."""
     parser = Parser(
         prog="aiockpt",
-        description="Look at, compare, check, remove, export and import checkpoints.",
+        description="Look at, compare, check, remove, export and import checkpoints; start the trainers of a host.",
         epilog=_EXIT_STATUS,
         formatter_class=_Help,
     )
@@ -61,6 +61,7 @@ def make_parser() -> Parser:
     _add_rm(commands)
     _add_export(commands)
     _add_import(commands)
+    _add_spawn(commands)
     _add_demo(commands)
     return parser
 
@@ -174,6 +175,77 @@ def _add_import(commands: Commands[Parser]) -> None:
     import_.add_argument("--part", metavar="NAME", help="put everything under this key")
 
 
+def _add_spawn(commands: Commands[Parser]) -> None:
+    spawn = commands.add_parser(
+        "spawn",
+        usage="aiockpt spawn -n N [options] -- PROGRAM [ARGUMENT ...]",
+        help="start the trainers of this host, stop them together, say why one failed",
+        description="Start N processes of a program with what torch.distributed needs in their environment, as "
+        "torchrun --standalone does. The first failure stops the others, a signal stops all, and nothing that they "
+        "started is left. Of a failure a report tells on standard error.",
+        epilog="exit status: 0 all succeeded; else that of the root cause, 128 + N for one that signal N ended. "
+        "A signal to this command ends it too, once the trainers are gone. "
+        "example: aiockpt spawn -n 4 --tee 3 --log-dir logs -- python train.py --device 'cuda:${local_rank}'",
+    )
+    spawn.add_argument(
+        "-n",
+        "--nprocs",
+        metavar="N",
+        required=True,
+        help="trainers: a number; gpu, cpu: one for each; auto: gpu, or cpu",
+    )
+    spawn.add_argument(
+        "--name", default="trainer", help="what they are called in prefixes and the report (default: %(default)s)"
+    )
+    _add_output(spawn)
+    spawn.add_argument(
+        "--stop-timeout",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="from the signal that stops the trainers until the last one is killed and gone (default: %(default)g)",
+    )
+    spawn.add_argument(
+        "--numa-binding",
+        choices=("node", "socket", "exclusive", "core-complex"),
+        help="bind each trainer to CPUs near the GPU of its local rank",
+    )
+    spawn.add_argument(
+        "--virtual-local-rank", action="store_true", help="each trainer sees its own GPU alone, with LOCAL_RANK=0"
+    )
+    spawn.add_argument("--run-id", metavar="ID", help="TORCHELASTIC_RUN_ID, and the name of logs (default: random)")
+    command = spawn.add_argument(
+        "command_line",
+        nargs=argparse.REMAINDER,
+        metavar="PROGRAM",
+        help="with its arguments, in which ${local_rank} stands for the rank (quote it from your shell)",
+    )
+    completion.attach(command, completion.files)
+
+
+def _add_output(spawn: argparse.ArgumentParser) -> None:
+    """Add what says where the output of trainers goes."""
+    streams = "1 stdout, 2 stderr, 3 both; by rank as in 0:3,1:2"
+    log_dir = spawn.add_argument(
+        "--log-dir", metavar="DIR", help="for log files (default: a temporary one; /dev/null: none, tee to the console)"
+    )
+    completion.attach(log_dir, completion.directories)
+    spawn.add_argument("--redirects", default="0", metavar="STREAMS", help=f"to log files: {streams}")
+    spawn.add_argument(
+        "--tee", default="0", metavar="STREAMS", help="to log files, and to the console with the rank before each line"
+    )
+    spawn.add_argument(
+        "--local-ranks-filter", type=_ranks, metavar="RANKS", help="only these write to the console, as in 0,3"
+    )
+    for stream in ("stdout", "stderr"):
+        spawn.add_argument(
+            f"--filter-{stream}",
+            action="append",
+            metavar="TEXT",
+            help=f"copy lines of teed {stream} that have TEXT to one file for all ranks; may be given again",
+        )
+
+
 def _add_demo(commands: Commands[Parser]) -> None:
     demo = commands.add_parser(
         "demo",
@@ -217,6 +289,13 @@ def _step(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= MAX_STEP):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
+
+
+def _ranks(text: str) -> set[int]:
+    try:
+        return {_step(rank) for rank in text.split(",")}
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} does not name ranks, as 0,3 does") from None
 
 
 def _size(text: str) -> int:

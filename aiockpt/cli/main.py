@@ -2,8 +2,8 @@
 """The entry point: arguments in, exit status out.
 
 Status 0 is success, 1 a finding (a bad checkpoint, a demo that is not bit-exact), 2 anything that kept the command from
-its work, told in one line on standard error. Commands are imported when they run: ``ls`` needs no torch, ``--json`` no
-rich.
+its work, told in one line on standard error; ``spawn`` ends as its trainers do. Commands are imported when they run:
+``ls`` needs no torch, ``--json`` no rich.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _COMMANDS = {
     "rm": "aiockpt.cli.rm",
     "export": "aiockpt.cli.export",
     "import": "aiockpt.cli.import_",
+    "spawn": "aiockpt.cli.spawn",
     "demo": "aiockpt.cli.demo",
 }
 

@@ -42,12 +42,22 @@ def test_commands_and_options(tmp_path: Path) -> None:
     assert {"ls", "inspect", "diff", "verify", "rm", "demo"} <= set(offered("aiockpt ", tmp_path))
     assert offered("aiockpt ins", tmp_path) == ["inspect"]
     assert {"--step", "--tensors", "--json"} <= set(offered("aiockpt inspect --", tmp_path))
+    assert offered("aiockpt spawn --numa-binding ex", tmp_path) == ["exclusive"]
 
 
 def test_runs_are_directories(run: Path, tmp_path: Path) -> None:
     """Files are none, and a run's steps are directories too."""
     assert offered(f"aiockpt inspect {tmp_path}/runs/", tmp_path) == [f"{run}/"]
     assert f"{run}/step-5/" in offered(f"aiockpt verify {run}/st", tmp_path)
+
+
+def test_programs_and_places_of_spawn(run: Path, tmp_path: Path) -> None:
+    """Log directories, and files for the program and its arguments."""
+    assert offered(f"aiockpt spawn --log-dir {tmp_path}/ru", tmp_path) == [f"{tmp_path}/runs/"]
+    assert set(offered(f"aiockpt spawn -n 2 -- python {tmp_path}/runs/", tmp_path)) == {
+        f"{run}/",
+        f"{tmp_path}/runs/note.txt",
+    }
 
 
 @pytest.mark.parametrize("words", ["inspect {run} --step ", "verify {run} --step ", "rm {run} ", "diff {run} 5 "])

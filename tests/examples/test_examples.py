@@ -72,3 +72,15 @@ def test_resume_after_interrupt() -> None:
     said = example("resume_after_interrupt.py")
     assert "resumed from step 9" in said
     assert "all 20 losses are equal, bit for bit" in said
+
+
+def test_supervise() -> None:
+    """One trainer is killed after its first checkpoint and named as the cause; the second time both come to the end."""
+    said = example("supervise.py")
+    root = said[said.index("Root Cause") :]
+    assert "rank      : 1 (local_rank: 1)" in root
+    assert "(SIGKILL)" in root
+    assert "we stopped it with SIGTERM" in said[: said.index("Root Cause")]
+    assert "[trainer1]:nothing to resume, beginning" in said
+    assert "[trainer1]:resumed from step" in said
+    assert said.count("steps the second time") == 2
