@@ -15,7 +15,7 @@ from bench.table import Column, render
 
 __all__ = ["QUESTIONS", "Question", "load_questions", "main", "parser_of"]
 
-QUESTIONS = ("save", "restore", "small", "interference", "gpu", "plan", "star", "ranks", "exchange")
+QUESTIONS = ("save", "restore", "small", "interference", "gpu", "plan", "star", "ranks", "exchange", "processes")
 """Each is a module of this package."""
 
 

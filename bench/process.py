@@ -90,6 +90,10 @@ class EntrantProcess:
         """The trainer's process id."""
         return self._process.pid
 
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when an answer comes, for ``select``."""
+        return self._replies.fileno()
+
     def __enter__(self) -> Self:
         return self
 
