@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import aiockpt
+from tests.elastic import functions
 from tests.markdown import blocks
 from tests.support import Training
 
@@ -45,6 +46,15 @@ def test_the_blocking_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     BLOCKS[1].run(**names_of_the_reader(Training()))
     assert aiockpt.blocking.steps("runs/exp1") == []
+
+
+@pytest.mark.process
+def test_the_code_that_supervises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third block runs a function in two processes, and their values come back."""
+    monkeypatch.chdir(tmp_path)
+    names = BLOCKS[2].run(train=functions.echo)
+    result = asyncio.run(names["supervise"]())
+    assert result.return_values == {0: "a", 1: "b"}
 
 
 def test_the_commands() -> None:

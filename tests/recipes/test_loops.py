@@ -95,5 +95,6 @@ def test_a_sweep_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_every_file_of_the_pages_is_run() -> None:
     """A recipe without a test is none; some are imported by others."""
-    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
-    assert {name for name in FILES if f'"{name}"' not in tests} == {f"{module}.py" for module in MODULES}
+    here = Path(__file__).parent
+    tests = "".join(path.read_text() for path in [*here.glob("test_*.py"), here.parent / "elastic" / "test_docs.py"])
+    assert {name for name in FILES if f'"{name}"' not in tests} <= {f"{module}.py" for module in MODULES}
