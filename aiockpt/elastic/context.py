@@ -121,7 +121,7 @@ class PContext:
         async with self._held:
             await self.close()
         if error is None:
-            self.raise_signal(again=False)
+            self._raise_signal(again=False)
 
     async def wait(self, timeout: float | None = None) -> RunProcsResult | None:
         """Wait until all have succeeded, or one has failed and the others are stopped.
@@ -143,7 +143,7 @@ class PContext:
         with anyio.move_on_after(timeout if timeout is None or timeout >= 0 else None):
             await seen.concluded.wait()
         if seen.concluded.is_set():
-            self.raise_signal()
+            self._raise_signal()
         return seen.result
 
     async def close(self, death_sig: signal.Signals | None = None, timeout: float | None = None) -> None:
@@ -167,7 +167,7 @@ class PContext:
         logs = self._supervision.logs if self._supervision else None
         return getattr(logs, which) if logs is not None else {}
 
-    def raise_signal(self, *, again: bool = True) -> None:
+    def _raise_signal(self, *, again: bool = True) -> None:
         """Raise the signal that this program received, if it did; with ``again=False`` unless that was told before."""
         seen = self._supervision
         if seen is None or seen.signal is None or (self._signal_is_told and not again):

@@ -80,6 +80,7 @@ class Supervision:
         self.error: Exception | None = None
         self.ended = anyio.Event()
         self._unreaped: tuple[Unreaped, ...] = ()
+        self._is_forced = False
         self._limiter = anyio.CapacityLimiter(2)
 
     @property
@@ -241,14 +242,16 @@ class Supervision:
 
     async def _lost(self, guardian: GuardianProcess) -> None:
         """The guardian is gone: what it had started is left to us."""
-        if self.group.living or not self._closing.is_set():
+        if not self._is_forced and (self.group.living or not self._closing.is_set()):
             _log.error("the guardian of %s has ended; its processes are ended too", self._plan.name)
-            await self._in_thread(guardian.kill_orphans)
+            await self._in_thread(guardian.kill_all)
         if not self.group.is_launched:
             self._refuse("the guardian that launches them has ended", "look for what ended it, and start again")
-        self.group.lose(time.monotonic_ns())
-        for event in (self._answered, self._over, self._emptied):
-            event.set()
+        self._emptied.set()
+        if not self._is_forced:
+            self.group.lose(time.monotonic_ns())
+            self._answered.set()
+            self._over.set()
 
     async def _hear_signals(self) -> None:
         async for signum in self._signals.received():
@@ -294,22 +297,31 @@ class Supervision:
                     self.group.sent(living, signal.SIGKILL, time.monotonic_ns())
                     await guardian.send({"do": "kill"})
                 case Step.GIVE_UP:
-                    self._abandon()
+                    await self._give_up(guardian)
 
-    def _abandon(self) -> None:
+    async def _give_up(self, guardian: GuardianProcess) -> None:
+        """The time is over: end all from here, as the guardian may be stopped itself, and name who is left."""
+        await self._end_by_force(guardian)
         looks = (look_at(self.group.pids[rank]) for rank in self.group.living)
-        self._unreaped = tuple(look for look in looks if look is not None)
+        self._unreaped = tuple(look for look in looks if look is not None and look.state not in "ZX")
         for one in self._unreaped:
             _log.error("%s", one)
         self.group.abandon(time.monotonic_ns())
         self._over.set()
 
+    async def _end_by_force(self, guardian: GuardianProcess) -> None:
+        self._is_forced = True
+        _log.error("%s did not end in time: its guardian and all below it are killed", self._plan.name)
+        await self._in_thread(guardian.kill_all)
+
     async def _conclude(self, guardian: GuardianProcess, output: Output) -> None:
         """End what the processes left behind, take in their last words, and say what came of them."""
         with contextlib.suppress(OSError):
             await guardian.send({"do": "kill"})
-        with anyio.move_on_after(0 if self._unreaped else _EMPTYING_SECONDS):
+        with anyio.move_on_after(_EMPTYING_SECONDS):
             await self._emptied.wait()
+        if not self._emptied.is_set():
+            await self._end_by_force(guardian)
         await output.finish(_FLUSHING_SECONDS)
         logs = self.logs
         assert logs is not None

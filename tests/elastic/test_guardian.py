@@ -264,7 +264,7 @@ def test_what_a_killed_guardian_leaves_is_killed() -> None:
             os.kill(guardian.pid, signal.SIGKILL)
             with anyio.fail_after(10):
                 await guardian.wait_ended()
-            await anyio.to_thread.run_sync(guardian.kill_orphans)
+            await anyio.to_thread.run_sync(guardian.kill_all)
             wait_until(lambda: not any(map(is_alive, below)), "the end of all")
             tasks.cancel_scope.cancel()
         guardian.close()

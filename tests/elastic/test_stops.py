@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from aiockpt.elastic import start_processes
 from aiockpt.elastic.failures.process_failure import Cause
 from tests.elastic import functions as f
-from tests.elastic.supervised import deaf, failing, functions, is_alive, pythons, run, scripts
+from tests.elastic.supervised import deaf, failing, functions, is_alive, parent_of, pids_in, pythons, run, scripts
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.process
@@ -150,6 +151,7 @@ def test_what_the_kernel_cannot_end_is_named(
             began = time.monotonic()
             with monkeypatch.context() as patch:
                 patch.setattr(GuardianProcess, "send", send_no_kill)  # SIGKILL has no effect
+                patch.setattr(GuardianProcess, "kill_all", lambda self: None)
                 await context.close(timeout=0.5)
             result = await context.wait()
             assert result is not None
@@ -159,6 +161,25 @@ def test_what_the_kernel_cannot_end_is_named(
 
     run(body)
     assert "host" in caplog.text
+
+
+@pytest.mark.parametrize("is_over", [False, True], ids=["running", "ended"])
+def test_a_guardian_that_is_stopped_holds_nobody(tmp_path: Path, is_over: bool) -> None:
+    """What it does not do in time is done without it, and nothing is left (R-MP-22, R-MP-25)."""
+
+    async def body() -> None:
+        script = f"setsid sleep 1000 & echo $! > {tmp_path}/pid; {'true' if is_over else 'exec sleep 1000'}"
+        began = time.monotonic()
+        async with scripts(script, stop_timeout=1) as context:
+            (below,) = wait_until(lambda: pids_in(tmp_path / "pid"), "the pid")
+            guardian = parent_of(context.pids()[0])
+            if is_over:
+                wait_until(lambda: not is_alive(context.pids()[0]), "its end")
+            os.kill(guardian, signal.SIGSTOP)
+        assert time.monotonic() - began < 20
+        wait_until(lambda: not any(map(is_alive, (below, guardian, context.pids()[0]))), "the end of all")
+
+    run(body)
 
 
 def test_functions_deaf_to_signals_are_killed(tmp_path: Path) -> None:

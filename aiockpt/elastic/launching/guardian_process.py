@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -98,8 +99,11 @@ class GuardianProcess:
             for event in self._frames.feed(data):
                 yield event
 
-    def kill_orphans(self) -> None:
-        """Kill what a guardian that is gone has left, known by the guardian's name in its environment. Blocks."""
+    def kill_all(self) -> None:
+        """Kill the guardian, and all that it had started, known by its name in their environment. Blocks for 2 s."""
+        if self._pidfd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         deadline = time.monotonic() + _ORPHANS_SECONDS
         while (found := marked("AIOCKPT_GUARDIAN", str(self.socket_path))) and time.monotonic() < deadline:
             for pid, parent in found.items():
