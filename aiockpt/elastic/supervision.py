@@ -185,8 +185,10 @@ class Supervision:
                 "cpus": None if (cpus := self.bindings[rank]) is None else sorted(cpus),
                 "cpus_optional": numa is not None and numa.should_fall_back_if_binding_fails,
             }
-            with contextlib.suppress(OSError):  # a guardian that is gone is noticed where it is listened to
+            try:
                 await guardian.send(message, (*output.descriptors(rank), *command.inherited.values()))
+            except OSError:
+                break  # a guardian that is gone is noticed where it is listened to, one that is stuck below
             output.release(rank)
             self._entry.release(rank)
         with anyio.move_on_after(_LAUNCH_SECONDS):

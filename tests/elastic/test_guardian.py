@@ -415,3 +415,17 @@ def test_descendants_by_proc(tmp_path: Path, has_children_file: bool) -> None:
     assert children(1, proc=tmp_path) == {2, 3}
     assert descendants(1, proc=tmp_path) == {3: 1, 4: 3}
     assert descendants(99, proc=tmp_path) == {}
+
+
+def test_a_message_that_is_not_taken_is_an_error() -> None:
+    """A guardian that is stopped holds up nobody who speaks to it."""
+
+    async def body() -> None:
+        async with held() as one:
+            os.kill(one.guardian.pid, signal.SIGSTOP)
+            with pytest.raises(TimeoutError):
+                while True:
+                    await one.guardian.send({"do": "signal", "ranks": [], "signum": 0, "filling": "x" * 100_000})
+            os.kill(one.guardian.pid, signal.SIGKILL)
+
+    run(body)

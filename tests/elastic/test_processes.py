@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -342,20 +344,29 @@ def test_bad_input_is_found_before_anything_is_done(tmp_path: Path) -> None:
             call()
 
 
+@contextlib.contextmanager
+def few_descriptors(spare: int) -> Iterator[None]:
+    """Let this process open so many descriptors, and no more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    last = max(map(int, os.listdir("/proc/self/fd")))
+    with contextlib.ExitStack() as held:
+        while (filling := os.open(os.devnull, os.O_RDONLY)) <= last:
+            held.callback(os.close, filling)
+        os.close(filling)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1 + spare, hard))
+        held.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        yield
+
+
 @pytest.mark.parametrize("spare", [*range(2, 14, 3), 20, 30])
 def test_a_start_without_descriptors_is_an_error(spare: int) -> None:
     """Wherever they run out, the error says so and nothing is left; the leak check looks (R-MP-7)."""
 
     async def body() -> None:
         context = functions(f.sleep, *[[]] * 12)
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + spare, hard))
-        try:
-            with pytest.raises(CheckpointError, match="Too many open files"):
-                async with context:
-                    pytest.fail("it was started")
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        with few_descriptors(spare), pytest.raises(CheckpointError, match="Too many open files"):
+            async with context:
+                pytest.fail("it was started")
 
     run(body)
 

@@ -30,6 +30,8 @@ __all__ = ["GuardianProcess"]
 
 _log = logging.getLogger("aiockpt.elastic")
 
+_SEND_SECONDS = 5.0
+"""For the guardian to take one message in: it does nothing long, unless it is stopped."""
 _ORPHANS_SECONDS = 2.0
 """For what a killed guardian leaves behind to end; who waits in the kernel is left."""
 _LONGEST_SOCKET_PATH = 100
@@ -70,19 +72,23 @@ class GuardianProcess:
         """Send one message, and copies of descriptors with it.
 
         Raises:
-            OSError: The guardian is gone.
+            OSError: The guardian is gone, or has not taken it in time.
 
-        Cancellation: a message that was begun is not finished; only a stop may follow.
+        Cancellation: a message that was begun is not finished, and the guardian understands none that follows.
         """
         data = memoryview(encode(message))
-        async with self._sending:
-            while data:
-                try:
-                    sent = socket.send_fds(self._control, [data], descriptors, socket.MSG_NOSIGNAL)
-                except BlockingIOError:
-                    await anyio.wait_writable(self._control)
-                    continue
-                data, descriptors = data[sent:], ()
+        with anyio.fail_after(_SEND_SECONDS):
+            async with self._sending:
+                await self._send(data, descriptors)
+
+    async def _send(self, data: memoryview, descriptors: Sequence[int]) -> None:
+        while data:
+            try:
+                sent = socket.send_fds(self._control, [data], descriptors, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                await anyio.wait_writable(self._control)
+                continue
+            data, descriptors = data[sent:], ()
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """Yield what the guardian reports, until it is gone."""
