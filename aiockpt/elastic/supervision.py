@@ -80,6 +80,8 @@ class Supervision:
         self.error: Exception | None = None
         self.ended = anyio.Event()
         self._unreaped: tuple[Unreaped, ...] = ()
+        self._is_killed = False
+        """The guardian has done so: what still lives is for the kernel, and not to be ended by force."""
         self._is_forced = False
         self._limiter = anyio.CapacityLimiter(2)
 
@@ -220,6 +222,8 @@ class Supervision:
                 case "exited":
                     has_value = self._entry.settle(event["rank"])
                     self.group.end(event["rank"], event["status"], event["at_ns"], has_value=has_value)
+                case "killed":
+                    self._is_killed = True
                 case "emptied":
                     self._emptied.set()
                     if event["spared"]:
@@ -302,8 +306,8 @@ class Supervision:
                     await self._give_up(guardian)
 
     async def _give_up(self, guardian: GuardianProcess) -> None:
-        """The time is over: end all from here, as the guardian may be stopped itself, and name who is left."""
-        await self._end_by_force(guardian)
+        """The time is over: name who is left, once it is certain that they were killed."""
+        await self._ensure_killed(guardian)
         looks = (look_at(self.group.pids[rank]) for rank in self.group.living)
         self._unreaped = tuple(look for look in looks if look is not None and look.state not in "ZX")
         for one in self._unreaped:
@@ -311,9 +315,12 @@ class Supervision:
         self.group.abandon(time.monotonic_ns())
         self._over.set()
 
-    async def _end_by_force(self, guardian: GuardianProcess) -> None:
+    async def _ensure_killed(self, guardian: GuardianProcess) -> None:
+        """Kill all from here, where the guardian has not: it may be stopped itself."""
+        if self._is_killed:
+            return
         self._is_forced = True
-        _log.error("%s did not end in time: its guardian and all below it are killed", self._plan.name)
+        _log.error("the guardian of %s does not answer: it is killed, with all that it had started", self._plan.name)
         await self._in_thread(guardian.kill_all)
 
     async def _conclude(self, guardian: GuardianProcess, output: Output) -> None:
@@ -323,7 +330,7 @@ class Supervision:
         with anyio.move_on_after(_EMPTYING_SECONDS):
             await self._emptied.wait()
         if not self._emptied.is_set():
-            await self._end_by_force(guardian)
+            await self._ensure_killed(guardian)
         await output.finish(_FLUSHING_SECONDS)
         logs = self.logs
         assert logs is not None

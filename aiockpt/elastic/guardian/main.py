@@ -45,7 +45,7 @@ class Guardian:
         self._spared: dict[int, Spared] = {}
         self._killing_since: float | None = None
         self._left: set[int] = set()
-        self._told_empty = False
+        self._told_killed = self._told_empty = False
         self._has_orphans = True
         """Some process may have ended that is a child of ours by its parent's end: looked for only then, as it takes a
         walk through ``/proc``, which a start of many children would wait for at each of them."""
@@ -186,6 +186,9 @@ class Guardian:
         for pid, parent in living.items():
             if pid not in spared:
                 kill(pid, parent)
+        if not self._told_killed:
+            self._told_killed = True
+            self._tell(event="killed")
         self._left = set(living)
         if self._left == spared and not self._told_empty:
             self._told_empty = True

@@ -12,6 +12,7 @@ Guardian to supervisor, by ``event``:
 
 - ``launched``: rank, pid, unbound (why its processors were not set, or null); ``refused``: rank, errno
 - ``exited``: rank, status (negative: the signal), at_ns (``CLOCK_MONOTONIC``)
+- ``killed``: SIGKILL was sent to all that were alive at ``kill``
 - ``emptied``: spared, a list of pids: nothing else is alive after ``kill``
 """
 
