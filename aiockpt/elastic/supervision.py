@@ -327,7 +327,7 @@ class Supervision:
         """End what the processes left behind, take in their last words, and say what came of them."""
         with contextlib.suppress(OSError):
             await guardian.send({"do": "kill"})
-        with anyio.move_on_after(_EMPTYING_SECONDS):
+        with anyio.move_on_after(0 if self._unreaped else _EMPTYING_SECONDS):
             await self._emptied.wait()
         if not self._emptied.is_set():
             await self._ensure_killed(guardian)
