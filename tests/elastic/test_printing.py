@@ -74,6 +74,7 @@ def test_last_words_before_sigkill_are_kept(tmp_path: Path) -> None:
         own = [failure for failure in result.failures.values() if failure.cause is Cause.OWN]
         assert own
         for failure in own:
+            assert failure.stacks == ""
             assert "my last words" in failure.output_tail
             assert "and half a line" in failure.output_tail
 

@@ -101,7 +101,7 @@ class Programs:
     def stacks(self, rank: int, output_tail: str) -> str:
         """Return what faulthandler wrote at the end of its output."""
         _, found, stacks = output_tail.rpartition(_FATAL)
-        return found + stacks
+        return found + stacks if found else ""
 
     def close(self) -> None:
         """There is nothing to close."""
