@@ -26,6 +26,8 @@ __all__ = ["Run", "Story", "run"]
 _SAVES = 6
 """Saves of a run, about; enough for a table, few enough that each has its own training steps beside it."""
 _TIDY_SECONDS = 5.0
+_TRIES = 3
+"""Trainings until one is killed in time: on a machine that is busy this process may hear of each save too late."""
 
 
 @dataclass
@@ -139,8 +141,26 @@ def _train_uninterrupted(directory: Path, options: dict[str, Any], story: Story,
 
 
 def _train_and_kill(run: Path, options: dict[str, Any], story: Story, screen: Screen) -> None:
-    """Train with aiockpt; from the middle on, kill the trainer as soon as a save of its is under way."""
-    screen.stage("the same with aiockpt, until it is killed")
+    """Train with aiockpt until the trainer is killed in the middle of a save; anew where every save was over before."""
+    for _ in range(_TRIES):
+        screen.stage("the same with aiockpt, until it is killed")
+        _train_until_killed(run, options, story, screen)
+        if story.killed_saving is not None:
+            step = story.killed_saving
+            screen.note(f"SIGKILL after step {story.last_step_before}, while step {step} was being saved")
+            return
+        shutil.rmtree(run)
+        screen.again(len(story.saving.losses))
+        story.saving = Run()
+    raise WorkerExitedError(
+        "the demo could not kill its trainer in the middle of a save",
+        why=f"in {_TRIES} runs every save was over before it was seen",
+        next="take a larger --size, or more --steps",
+    )
+
+
+def _train_until_killed(run: Path, options: dict[str, Any], story: Story, screen: Screen) -> None:
+    """From the middle of the training on, kill the trainer as soon as a save of its is under way."""
     with Trainer(run, options) as trainer:
         for event in trainer.events():
             story.saving.hear(event)
@@ -154,13 +174,6 @@ def _train_and_kill(run: Path, options: dict[str, Any], story: Story, screen: Sc
                     story.saving.hear(unheard)
                 break
         story.last_step_before = max(story.saving.losses, default=-1)
-    if story.killed_saving is None:
-        raise WorkerExitedError(
-            "the demo could not kill its trainer in the middle of a save",
-            why="every save was over before it was seen",
-            next="take a larger --size, or more --steps",
-        )
-    screen.note(f"SIGKILL after step {story.last_step_before}, while step {story.killed_saving} was being saved")
 
 
 def _train_resumed(run: Path, options: dict[str, Any], story: Story, screen: Screen) -> None:

@@ -55,6 +55,10 @@ class Screen:
         if not self.console.is_terminal:
             self.note(text)
 
+    def again(self, steps: int) -> None:
+        """Take in that so many steps are trained once more, from the beginning."""
+        self._bar.update(self._task, advance=-steps)
+
     def note(self, text: str) -> None:
         """Say what has happened."""
         self.console.print(text, soft_wrap=True)

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 import aiockpt.blocking
+from aiockpt.cli import demo
+from aiockpt.cli.arguments import make_parser
 from aiockpt.cli.demo import Run, Story
+from aiockpt.cli.demo_trainer import Trainer
 from tests.cli.shell import command, on_a_terminal
 
 SMALL = ("demo", "--size", "tiny", "--steps", "12")
@@ -66,6 +69,28 @@ def test_the_demo_is_bit_exact(tmp_path: Path) -> None:
     (directory,) = runs.iterdir()
     assert os.listdir(directory) == ["run"]
     assert aiockpt.blocking.steps(directory / "run")[-1] == 11
+
+
+@pytest.mark.process
+@pytest.mark.timeout(300)
+def test_a_training_whose_saves_were_over_too_soon_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A demo that heard of every save too late tries anew, and ends as it should."""
+    kill, missed = Trainer.kill_while_saving, []
+
+    def too_late(self: Trainer, run: Path, step: int, *, after: float) -> bool:
+        if step not in missed:
+            missed.append(step)
+            return False
+        return kill(self, run, step, after=after)
+
+    monkeypatch.setattr(Trainer, "kill_while_saving", too_late)
+    assert demo.run(make_parser().parse_args([*map(str, SMALL), "--dir", str(tmp_path)])) == 0
+    said = capsys.readouterr().out
+    assert said.count("until it is killed") == 2
+    assert len(missed) > 1
+    assert "All 12 losses" in said
 
 
 @pytest.mark.process
