@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from abc import ABC, abstractmethod
 from typing import ClassVar, Protocol, cast
 
 from aiockpt.errors import ProtocolError
@@ -38,7 +39,7 @@ class LinkOwner(Protocol):
         """The connection is over; called once, also where it was never up."""
 
 
-class StarLink(asyncio.Protocol):
+class StarLink(asyncio.Protocol, ABC):
     """What both ends share. Belongs to the transport; it ends with that."""
 
     JOIN_SECONDS: ClassVar[float]
@@ -137,13 +138,13 @@ class StarLink(asyncio.Protocol):
     def _is_closing(self) -> bool:
         return self._transport is None or self._transport.is_closing()
 
+    @abstractmethod
     def _begin(self) -> None:
         """Say the first bytes, where they are ours to say."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _prove(self) -> None:
         """Go on with the proof as far as ``_unread`` goes."""
-        raise NotImplementedError
 
     def _expect(self, seconds: float | None, why: str = "") -> None:
         """Drop the connection after so many seconds, in place of what was expected before."""
