@@ -21,12 +21,13 @@ from aiockpt.elastic.launching.guardian_process import GuardianProcess
 from aiockpt.elastic.launching.programs import Entry
 from aiockpt.elastic.numa import compute_bindings
 from aiockpt.elastic.plan import Plan, check_full_rank
-from aiockpt.elastic.printing.logs import LogsDest, check_filters
+from aiockpt.elastic.printing.logs import LogsDest
 from aiockpt.elastic.printing.output import Output
 from aiockpt.elastic.results import RunProcsResult
 from aiockpt.elastic.signals import SignalScope
 from aiockpt.elastic.stopping import Step, Stop
 from aiockpt.errors import CheckpointError
+from aiockpt.worker.spared import GUARDIAN_VARIABLE
 
 __all__ = ["Supervision"]
 
@@ -147,7 +148,6 @@ class Supervision:
         check_full_rank("a place for stdout", logs.stdouts, plan.nprocs)
         check_full_rank("a place for stderr", logs.stderrs, plan.nprocs)
         check_full_rank("an error file", logs.error_files, plan.nprocs)
-        check_filters(logs, stdout_filters=plan.stdout_filters, stderr_filters=plan.stderr_filters)
         if plan.numa_options is not None:
             options = plan.numa_options
             self.bindings = await self._in_thread(lambda: compute_bindings(options, plan.nprocs))
@@ -181,7 +181,7 @@ class Supervision:
                     **self._plan.envs[rank],
                     "TORCHELASTIC_ERROR_FILE": self.logs.error_files[rank],
                     "AIOCKPT_ERROR_FILE": _private_error_file(guardian, rank),
-                    "AIOCKPT_GUARDIAN": str(guardian.socket_path),
+                    GUARDIAN_VARIABLE: str(guardian.socket_path),
                 },
                 "inherits": list(command.inherited),
                 "cpus": None if (cpus := self.bindings[rank]) is None else sorted(cpus),

@@ -11,11 +11,12 @@ import logging
 import os
 import socket
 
-__all__ = ["VARIABLE", "Spared"]
+__all__ = ["GUARDIAN_VARIABLE", "Spared"]
 
 _log = logging.getLogger("aiockpt.worker")
 
-VARIABLE = "AIOCKPT_GUARDIAN"
+GUARDIAN_VARIABLE = "AIOCKPT_GUARDIAN"
+"""Has the path of the guardian's socket."""
 
 
 class Spared:
@@ -26,7 +27,7 @@ class Spared:
     """
 
     def __init__(self, seconds: float | None) -> None:
-        self._path = os.environ.get(VARIABLE)
+        self._path = os.environ.get(GUARDIAN_VARIABLE)
         self._seconds = seconds
         self._connection: socket.socket | None = None
         self._has_warned = False
@@ -47,7 +48,7 @@ class Spared:
                 _log.warning(
                     "the supervisor's guardian does not know that a save is in hand\nwhy: %s at %s: %s\n"
                     "next: if it ends this process with the trainers, that save is lost; the one before it stands",
-                    VARIABLE,
+                    GUARDIAN_VARIABLE,
                     self._path,
                     exc,
                 )

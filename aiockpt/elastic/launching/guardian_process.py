@@ -25,6 +25,7 @@ from aiockpt.elastic.launching.interpreter import boot
 from aiockpt.errors import CheckpointError
 from aiockpt.process_ends import collect, collect_later
 from aiockpt.worker.launch import PACKAGE_PATH, standard_library
+from aiockpt.worker.spared import GUARDIAN_VARIABLE
 
 __all__ = ["GuardianProcess"]
 
@@ -111,7 +112,7 @@ class GuardianProcess:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         deadline = time.monotonic() + _ORPHANS_SECONDS
-        while (found := marked("AIOCKPT_GUARDIAN", str(self.socket_path))) and time.monotonic() < deadline:
+        while (found := marked(GUARDIAN_VARIABLE, str(self.socket_path))) and time.monotonic() < deadline:
             for pid, parent in found.items():
                 kill(pid, parent)
 

@@ -12,10 +12,13 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiockpt.elastic.printing.std import Std, normalise, to_map
 from aiockpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from aiockpt.elastic.printing.output import Destinations
 
 __all__ = ["DefaultLogsSpecs", "LogsDest", "LogsSpecs", "check_filters", "load_logs_specs"]
 
@@ -263,7 +266,7 @@ class DefaultLogsSpecs(LogsSpecs):
         return type(self), self._arguments()
 
 
-def check_filters(logs: LogsDest, *, stdout_filters: Sequence[str], stderr_filters: Sequence[str]) -> None:
+def check_filters(logs: Destinations, *, stdout_filters: Sequence[str], stderr_filters: Sequence[str]) -> None:
     """Refuse line filters whose lines would have no file to go to.
 
     Raises:

@@ -21,11 +21,12 @@ import anyio.to_thread
 from aiockpt.elastic.printing.last_words import end_of_file
 from aiockpt.elastic.printing.lines import needles
 from aiockpt.elastic.printing.log_writer import LogFeed, LogWriter
+from aiockpt.elastic.printing.logs import check_filters
 from aiockpt.elastic.printing.output_statistics import OutputStatistics
 from aiockpt.elastic.printing.pipe_reader import PipeReader
 from aiockpt.elastic.printing.sinks import Console, Cursor, LogFile, open_log
 from aiockpt.elastic.printing.teed_stream import TeedStream
-from aiockpt.errors import ConfigError, StorageError
+from aiockpt.errors import StorageError
 
 __all__ = ["Destinations", "Output"]
 
@@ -114,6 +115,7 @@ class Output:
         stderr_filters: Sequence[str] = (),
     ) -> None:
         self._nprocs = nprocs
+        self._logs = logs
         self._prefixes = {
             rank: (prefixes or {}).get(rank, f"[{name}{rank}]:").encode(errors="replace") for rank in range(nprocs)
         }
@@ -140,10 +142,12 @@ class Output:
             StorageError: The operating system refused; ``path`` says which file.
             ConfigError: A path is none, or there are filters and no file for them.
         """
+        out, err = self._sides
+        check_filters(self._logs, stdout_filters=out.filters, stderr_filters=err.filters)
         try:
             cursor, pipe_nbytes = Cursor(), self._pipe_nbytes()
-            out, err = (self._open_side(side, cursor, pipe_nbytes) for side in self._sides)
-            self._given = {rank: (out[rank], err[rank]) for rank in range(self._nprocs)}
+            outs, errs = (self._open_side(side, cursor, pipe_nbytes) for side in self._sides)
+            self._given = {rank: (outs[rank], errs[rank]) for rank in range(self._nprocs)}
             if self._streams:
                 self._start_writers()
         except BaseException:
@@ -246,14 +250,6 @@ class Output:
         self._console.add(console)
         filtered: LogFile | None = None
         if side.filters:
-            if side.filtered_path in ("", os.devnull):
-                raise ConfigError(
-                    f"the lines of {side.name} that filters choose have no file",
-                    why=f"the filters are {list(side.filters)}, and the path for them is {side.filtered_path!r}",
-                    next="give a log_dir, or no filters",
-                    argument=f"duplicate_{side.name}_filters",
-                    path=side.filtered_path,
-                )
             filtered = self._log_file(side.filtered_path)
         return [
             self._open_teed(side, rank, console, filtered, pipe_nbytes)
