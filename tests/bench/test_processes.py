@@ -19,8 +19,7 @@ from bench.supervised import Supervisor
 from bench.table import render
 from bench.teed_lines import tee
 from bench.trainees import LINE_NBYTES, line_of, work_of
-from tests.elastic.supervised import is_alive
-from tests.support import ROOT
+from tests.support import ROOT, is_alive
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(200)]

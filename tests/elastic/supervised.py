@@ -68,14 +68,6 @@ async def result_of(context: PContext) -> RunProcsResult:
     return result
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 def parent_of(pid: int) -> int:
     """The pid of a process's parent: of a child here, the guardian's."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

@@ -17,7 +17,8 @@ from aiockpt import elastic
 from aiockpt.elastic import SignalException, blocking
 from aiockpt.errors import CheckpointError
 from tests.elastic import functions as f
-from tests.elastic.supervised import deaf, is_alive
+from tests.elastic.supervised import deaf
+from tests.support import is_alive
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.process

@@ -21,6 +21,7 @@ import pytest
 from aiockpt.elastic.guardian.descendants import children, descendants
 from aiockpt.elastic.guardian.wire import LONGEST_FRAME, Frames, encode
 from aiockpt.elastic.launching.guardian_process import GuardianProcess
+from tests.support import is_alive
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.process
@@ -86,13 +87,6 @@ def run(body: Callable[[], Awaitable[None]]) -> None:
 
 def read(pid: int, name: str) -> str:
     return Path(f"/proc/{pid}/{name}").read_text()
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def test_ends_are_reported_as_they_come() -> None:

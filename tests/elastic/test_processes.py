@@ -20,7 +20,8 @@ from aiockpt.elastic import DefaultLogsSpecs, start_processes
 from aiockpt.elastic.failures.process_failure import Cause
 from aiockpt.errors import CheckpointError, ConfigError, UsageError
 from tests.elastic import functions as f
-from tests.elastic.supervised import LOOPS, functions, is_alive, parent_of, pids_in, pythons, result_of, run, scripts
+from tests.elastic.supervised import LOOPS, functions, parent_of, pids_in, pythons, result_of, run, scripts
+from tests.support import is_alive
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.process

@@ -16,7 +16,8 @@ import pytest
 
 from aiockpt.elastic import SignalException, start_processes
 from aiockpt.elastic.signals import SignalScope, signals_to_handle
-from tests.elastic.supervised import LOOPS, deaf, is_alive, run, scripts
+from tests.elastic.supervised import LOOPS, deaf, run, scripts
+from tests.support import is_alive
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.process

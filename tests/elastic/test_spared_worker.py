@@ -16,8 +16,8 @@ from aiockpt import blocking
 from aiockpt.elastic import SignalException, start_processes
 from aiockpt.storage.faults import FaultPoint
 from aiockpt.testing.faults import WORKER_ARGUMENT, FaultPlan, FaultRule
-from tests.elastic.supervised import is_alive, run
-from tests.support import python_path
+from tests.elastic.supervised import run
+from tests.support import is_alive, python_path
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.process

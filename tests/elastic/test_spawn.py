@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from aiockpt import blocking
-from tests.elastic.supervised import is_alive, pids_in
-from tests.support import ROOT
+from tests.elastic.supervised import pids_in
+from tests.support import ROOT, is_alive
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
 pytestmark = pytest.mark.process

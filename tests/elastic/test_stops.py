@@ -13,7 +13,8 @@ import pytest
 from aiockpt.elastic import start_processes
 from aiockpt.elastic.failures.process_failure import Cause
 from tests.elastic import functions as f
-from tests.elastic.supervised import deaf, failing, functions, is_alive, parent_of, pids_in, pythons, run, scripts
+from tests.elastic.supervised import deaf, failing, functions, parent_of, pids_in, pythons, run, scripts
+from tests.support import is_alive
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.process
